@@ -1,0 +1,210 @@
+"""The engine's step: schedule, run, sample, apply. Messages in, outputs out; no process, socket or clock."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from reprise.engine.model_runner import ModelRunner
+from reprise.engine.sampler import Sampled, Sampler, row_logprobs
+from reprise.engine.scheduler import Batch, ScheduledSequence, Scheduler
+from reprise.engine.sequence import Sequence
+from reprise.ipc.messages import Add, EngineStats, SequenceOutput
+from reprise.types import FinishReason
+
+logger = logging.getLogger(__name__)
+
+ERROR_MESSAGES = {
+    "numerical_error": "the model produced logits that are no numbers for this sequence",
+    "no_admissible_token": "the request's masks (allowed_token_ids, bad_words, min_tokens) leave no token to choose",
+    "forward_error": "the model's forward pass failed on this sequence",
+}
+
+
+class EngineCore:
+    """Sequences over a scheduler, a runner and a sampler. `add` to `step` to the one terminal output of each."""
+
+    def __init__(self, scheduler: Scheduler, runner: ModelRunner, sampler: Sampler) -> None:
+        self._scheduler = scheduler
+        self._runner = runner
+        self._sampler = sampler
+        self._sequences: dict[int, Sequence] = {}
+        self._num_steps = 0
+        self._num_prompt_tokens = 0
+        self._num_cached_tokens = 0
+        self._num_generated_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    def add(self, message: Add) -> None:
+        sequence = Sequence(
+            message.sequence_id,
+            choice_index=message.choice_index,
+            prompt_token_ids=message.prompt_token_ids,
+            sampling=message.sampling,
+            output_token_ids=message.output_token_ids,
+        )
+        self._sequences[sequence.sequence_id] = sequence
+        self._scheduler.add(sequence)
+
+    def abort(self, sequence_ids: list[int]) -> list[SequenceOutput]:
+        """Terminal outputs of those that were still alive."""
+        alive = [self._sequences[i] for i in sequence_ids if i in self._sequences]
+        return [self._finish(sequence, FinishReason.ABORT) for sequence in alive]
+
+    def step(self) -> list[SequenceOutput]:
+        """Compute one batch. Every sequence that a failure touches ends in an error; the others go on."""
+        batch = self._scheduler.schedule()
+        self._num_steps += 1
+        outputs: list[SequenceOutput] = []
+        for part, logits in self._run(batch):
+            if logits is None:
+                outputs += [self._fail(part[0].sequence, "forward_error")]
+            else:
+                outputs += self._apply(part, logits)
+        return outputs
+
+    def stats(self, step_seconds: float = 0.0) -> EngineStats:
+        pool = self._scheduler.pool
+        return EngineStats(
+            num_steps=self._num_steps,
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            num_kv_tokens_used=(pool.num_blocks - pool.num_free) * pool.block_size,
+            num_kv_tokens_cached=pool.num_cached * pool.block_size,
+            num_preemptions=self._scheduler.num_preemptions,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_cached_tokens=self._num_cached_tokens,
+            num_generated_tokens=self._num_generated_tokens,
+            step_seconds=step_seconds,
+        )
+
+    def check(self) -> None:
+        """Assert the invariants of everything below; for tests and idle moments."""
+        self._scheduler.check()
+        assert len(self._sequences) == self._scheduler.num_running + self._scheduler.num_waiting
+
+    def _run(self, batch: Batch) -> list[tuple[Batch, Tensor | None]]:
+        """The batch with its logits; after a failure its entries one by one, None for those that fail alone."""
+        try:
+            return [(batch, self._runner.run(batch))]
+        except Exception as error:  # noqa: BLE001 - whatever a model's code raises must not end the others
+            logger.warning("a forward pass over %d sequences failed: %s", len(batch), type(error).__name__)
+        parts: list[tuple[Batch, Tensor | None]] = []
+        tainted: set[int] = set()
+        for scheduled in batch:
+            if tainted.intersection(scheduled.sequence.block_ids):
+                self._scheduler.restart(scheduled.sequence)
+                continue
+            try:
+                parts.append(([scheduled], self._runner.run([scheduled])))
+            except Exception as error:  # noqa: BLE001 - as above
+                logger.error("sequence %d fails alone: %s", scheduled.sequence.sequence_id, type(error).__name__)
+                tainted.update(scheduled.sequence.block_ids)
+                parts.append(([scheduled], None))
+        return parts
+
+    def _apply(self, batch: Batch, logits: Tensor) -> list[SequenceOutput]:
+        last_rows: list[int] = []
+        sampling: list[ScheduledSequence] = []
+        offset = 0
+        for scheduled in batch:
+            rows = logits[offset : offset + scheduled.num_logit_rows]
+            offset += scheduled.num_logit_rows
+            if scheduled.sequence.scores_prompt:
+                _score_prompt(scheduled, rows)
+            if scheduled.completes_pass and scheduled.sequence.sampling.max_tokens > 0:
+                sampling.append(scheduled)
+                last_rows.append(offset - 1)
+        drawn: dict[int, Sampled] = {}
+        if sampling:
+            sequences = [scheduled.sequence for scheduled in sampling]
+            sampled = self._sampler.sample(sequences, logits[torch.tensor(last_rows, device=logits.device)])
+            drawn = {s.sequence_id: result for s, result in zip(sequences, sampled, strict=True)}
+        outputs = []
+        for scheduled in batch:
+            completes_pass = scheduled.completes_pass
+            self._scheduler.advance(scheduled)
+            if completes_pass:
+                outputs.append(self._append(scheduled.sequence, drawn.get(scheduled.sequence.sequence_id)))
+        return outputs
+
+    def _append(self, sequence: Sequence, sampled: Sampled | None) -> SequenceOutput:
+        """Take the new token (None: the prompt alone was to be scored) and decide whether it is the last."""
+        if sampled is None:
+            return self._finish(sequence, FinishReason.LENGTH)
+        if sampled.token_id is None:
+            return self._fail(sequence, sampled.error_code or "numerical_error")
+        token_id = sampled.token_id
+        sequence.token_ids.append(token_id)
+        self._num_generated_tokens += 1
+        params = sequence.sampling
+        stop_token_id = token_id if token_id in params.stop_token_ids else None
+        if stop_token_id is not None or token_id in params.end_token_ids:
+            return self._finish(sequence, FinishReason.STOP, sampled, stop_token_id)
+        if sequence.num_output_tokens >= params.max_tokens:
+            return self._finish(sequence, FinishReason.LENGTH, sampled)
+        return self._output(sequence, sampled)
+
+    def _fail(self, sequence: Sequence, code: str) -> SequenceOutput:
+        self._scheduler.taint(sequence)
+        return self._finish(sequence, FinishReason.ERROR, error_code=code)
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        sampled: Sampled | None = None,
+        stop_token_id: int | None = None,
+        error_code: str | None = None,
+    ) -> SequenceOutput:
+        finished = self._scheduler.finish(sequence)
+        assert finished
+        del self._sequences[sequence.sequence_id]
+        self._runner.forget(sequence)
+        self._sampler.forget(sequence)
+        return self._output(sequence, sampled, reason, stop_token_id, error_code)
+
+    def _output(
+        self,
+        sequence: Sequence,
+        sampled: Sampled | None,
+        reason: FinishReason | None = None,
+        stop_token_id: int | None = None,
+        error_code: str | None = None,
+    ) -> SequenceOutput:
+        token_ids = [] if sampled is None or sampled.token_id is None else [sampled.token_id]
+        first = not sequence.reported
+        if first:
+            sequence.reported = True
+            self._num_prompt_tokens += sequence.num_prompt_tokens
+            self._num_cached_tokens += sequence.num_cached_tokens or 0
+        return SequenceOutput(
+            sequence_id=sequence.sequence_id,
+            position=sequence.num_output_tokens - len(token_ids),
+            token_ids=token_ids,
+            logprobs=[sampled.logprobs] if sampled is not None and sampled.logprobs is not None else None,
+            prompt_logprobs=sequence.prompt_logprobs if first else None,
+            num_cached_tokens=sequence.num_cached_tokens or 0,
+            finish_reason=reason,
+            stop_token_id=stop_token_id,
+            error_code=error_code,
+            error_message=ERROR_MESSAGES.get(error_code) if error_code else None,
+        )
+
+
+def _score_prompt(scheduled: ScheduledSequence, rows: Tensor) -> None:
+    """Log-probabilities of the prompt tokens that these positions predict: each the one after its own."""
+    sequence = scheduled.sequence
+    assert sequence.prompt_logprobs is not None
+    targets = sequence.token_ids[scheduled.start + 1 : min(scheduled.end + 1, sequence.num_prompt_tokens)]
+    if not targets:
+        return
+    wanted = torch.tensor(targets, device=rows.device)
+    count = sequence.sampling.num_prompt_logprobs
+    scored = row_logprobs(rows[: len(targets)].float(), wanted, [count] * len(targets))
+    sequence.prompt_logprobs[scheduled.start + 1 : scheduled.start + 1 + len(targets)] = scored

@@ -1,0 +1,167 @@
+"""The equivalence gate: at every load, does our way of running the model give the model's own logits?
+
+Two ragged prompts are run through the paged runner in chunks and decode steps, and through the model's own eager
+forward. A model that fails belongs to the padded tier; it is never served with a silently wrong answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from reprise.engine.attention import ATTENTION_NAME, UnsupportedAttentionError
+from reprise.engine.kv_cache import KVCache, LayerShape
+from reprise.engine.model_runner import ModelRunner, PagedRunner
+from reprise.engine.padded_runner import PaddedRunner
+from reprise.engine.scheduler import ScheduledSequence
+from reprise.engine.sequence import Sequence
+from reprise.types import SamplingParams
+
+TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-6}
+LOW_PRECISION_TOLERANCE = 0.08
+MAX_GATE_TOKENS = 384
+_BLOCK_SIZE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class GateResult:
+    """What the gate found. `shapes` are the attention layers of a model that passed for the paged tier."""
+
+    passed: bool
+    reason: str
+    shapes: dict[nn.Module, LayerShape]
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Largest relative error of a position's logits that rounding can explain."""
+    return TOLERANCE.get(dtype, LOW_PRECISION_TOLERANCE)
+
+
+def paged_gate(model: PreTrainedModel) -> GateResult:
+    """Try the paged tier. On success the model is left with our attention function, else with eager attention."""
+    config = model.config.get_text_config()
+    reason = _unsupported_layers(config)
+    if reason:
+        return GateResult(passed=False, reason=reason, shapes={})
+    prompts = _prompts(config)
+    try:
+        expected = [_eager_logits(model, prompt) for prompt in prompts]
+        model.set_attn_implementation(ATTENTION_NAME)
+        cache = KVCache(2 * MAX_GATE_TOKENS * _BLOCK_SIZE, model.device)
+        runner = PagedRunner(model, cache, _BLOCK_SIZE)
+        actual = _in_steps(runner, prompts)
+        reason = _layer_mismatch(config, cache, runner) or _difference(expected, actual, model.dtype)
+    except (UnsupportedAttentionError, TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
+        reason = f"its forward pass cannot run packed ({type(error).__name__}: {_first_line(error)})"
+    if reason:
+        model.set_attn_implementation("eager")
+        return GateResult(passed=False, reason=reason, shapes={})
+    layers = len(cache.shapes)
+    return GateResult(
+        passed=True, reason=f"packed logits equal the model's own over {layers} layers", shapes=cache.shapes
+    )
+
+
+def padding_gate(model: PreTrainedModel) -> GateResult:
+    """Whether left padding leaves a row's logits alone in the padded tier."""
+    prompts = _prompts(model.config.get_text_config())
+    expected = [_eager_logits(model, prompt) for prompt in prompts]
+    runner = PaddedRunner(model, max_padded_tokens=1 << 30)
+    reason = _difference(expected, _in_steps(runner, prompts, chunked=False), model.dtype)
+    return GateResult(passed=not reason, reason=reason or "left padding leaves the logits alone", shapes={})
+
+
+def _unsupported_layers(config: PreTrainedConfig) -> str:
+    kinds = set(getattr(config, "layer_types", None) or ())
+    strange = sorted(kinds - {"full_attention", "sliding_attention"})
+    return f"it has layers of type {', '.join(strange)}" if strange else ""
+
+
+def _expected_windows(config: PreTrainedConfig) -> list[int | None] | None:
+    """The window of each layer as the configuration tells it; None where it does not tell."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return [window if kind == "sliding_attention" else None for kind in kinds]
+    if window is None or getattr(config, "use_sliding_window", True) is False:
+        return None
+    return [window] * config.num_hidden_layers
+
+
+def _layer_mismatch(config: PreTrainedConfig, cache: KVCache, runner: PagedRunner) -> str:
+    calls = runner.last_calls
+    if len(calls) != config.num_hidden_layers or set(calls.values()) != {1}:
+        return (
+            f"its attention came to us {sum(calls.values())} times in a forward of {config.num_hidden_layers} layers"
+        )
+    expected = _expected_windows(config)
+    windows = [shape.sliding_window for shape in cache.shapes.values()]
+    # A window longer than the gate's prompts would not show in the logits.
+    if expected is not None and windows != expected:
+        return "its sliding windows do not reach the attention function"
+    return ""
+
+
+def _prompts(config: PreTrainedConfig) -> list[list[int]]:
+    """Two prompts of fixed arbitrary ids, the first longer than a short sliding window."""
+    window = getattr(config, "sliding_window", None) or 0
+    length = min(max(21, window + 13), MAX_GATE_TOKENS - 2)
+    limit = getattr(config, "max_position_embeddings", None) or length
+    vocab = config.vocab_size
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randint(0, vocab, (max(3, min(n, limit)),), generator=generator).tolist() for n in (length, 9)
+    ]
+
+
+@torch.inference_mode()
+def _eager_logits(model: PreTrainedModel, prompt: list[int]) -> Tensor:
+    ids = torch.tensor([prompt], device=model.device)
+    logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+    return logits.float()
+
+
+def _in_steps(runner: ModelRunner, prompts: list[list[int]], *, chunked: bool = True) -> list[Tensor]:
+    """Logits of the last positions of each prompt, computed in two chunks (or one) and two decode steps."""
+    scoring = SamplingParams(seed=0, max_tokens=0, num_prompt_logprobs=0)
+    sequences = []
+    next_block = 0
+    for index, prompt in enumerate(prompts):
+        sequence = Sequence(index, choice_index=0, prompt_token_ids=prompt, sampling=scoring)
+        num_blocks = -(-len(prompt) // _BLOCK_SIZE)
+        # Interleaved block numbers, so that a mistake in the addressing cannot hide.
+        sequence.block_ids = [(next_block + i) * 2 + index for i in range(num_blocks)]
+        sequences.append(sequence)
+    collected: list[list[Tensor]] = [[] for _ in prompts]
+    cuts = [[0, *([len(p) // 2] if chunked else []), len(p) - 2, len(p) - 1, len(p)] for p in prompts]
+    for step in range(len(cuts[0]) - 1):
+        batch = [
+            ScheduledSequence(s, cut[step], cut[step + 1] - cut[step])
+            for s, cut in zip(sequences, cuts, strict=True)
+        ]
+        logits = runner.run(batch).float()
+        offset = 0
+        for index, scheduled in enumerate(batch):
+            collected[index].append(logits[offset : offset + scheduled.num_logit_rows])
+            offset += scheduled.num_logit_rows
+    return [torch.cat(rows) for rows in collected]
+
+
+def _difference(expected: list[Tensor], actual: list[Tensor], dtype: torch.dtype) -> str:
+    worst = 0.0
+    for reference, logits in zip(expected, actual, strict=True):
+        if reference.shape != logits.shape:
+            return f"its logits have shape {tuple(logits.shape)} where its own forward gives {tuple(reference.shape)}"
+        centred = reference - reference.mean(-1, keepdim=True)
+        error = (logits - reference).norm(dim=-1) / centred.norm(dim=-1).clamp(min=1e-12)
+        worst = max(worst, float(error.nan_to_num(nan=float("inf")).max()))
+    if worst > tolerance(dtype):
+        return f"its packed logits differ from its own forward by {worst:.2g} of their size"
+    return ""
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0][:200]

@@ -1,0 +1,113 @@
+"""The engine process: one loop between a connection and the engine core."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+
+from reprise.engine.core import EngineCore
+from reprise.engine.loader import LoadedModel, load
+from reprise.engine.block_pool import BlockPool
+from reprise.engine.sampler import Sampler
+from reprise.engine.scheduler import Scheduler
+from reprise.errors import ModelLoadError
+from reprise.ipc.messages import (
+    Abort,
+    Add,
+    LoadFailed,
+    LoadProgress,
+    SequenceOutput,
+    Start,
+    StepOutput,
+    ToEngine,
+)
+from reprise.ipc.transport import BlockingConnection, ConnectionClosed, ProtocolError
+
+HEARTBEAT_SECONDS = 1.0
+
+logger = logging.getLogger(__name__)
+
+
+def run_engine(sock: socket.socket) -> None:
+    """Serve the peer of `sock` until it closes. The first message says what to load."""
+    # A terminal sends Ctrl-C to the whole group; the API process decides when this one ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    connection: BlockingConnection[ToEngine] = BlockingConnection(sock, ToEngine)
+    try:
+        first: list[ToEngine] = []
+        while not first:
+            first = connection.receive(HEARTBEAT_SECONDS)
+        core = _load(first[0], connection)
+        if core is not None:
+            _loop(core, connection, first[1:])
+    except (ConnectionClosed, ProtocolError) as error:
+        logger.debug("the API process is gone: %s", type(error).__name__)
+    finally:
+        connection.close()
+
+
+def build_core(loaded: LoadedModel, token_bytes: list[bytes] | None) -> EngineCore:
+    """The engine core over a loaded model."""
+    pool = BlockPool(loaded.num_blocks, loaded.block_size)
+    return EngineCore(Scheduler(loaded.limits, pool), loaded.runner, Sampler(token_bytes))
+
+
+def _load(message: ToEngine, connection: BlockingConnection[ToEngine]) -> EngineCore | None:
+    if not isinstance(message, Start):
+        raise ProtocolError("the first message must be Start")
+    progress: Callable[[str, float], None] = lambda stage, share: connection.send(LoadProgress(stage, share))  # noqa: E731
+    try:
+        loaded = load(message.config, progress)
+    except ModelLoadError as error:
+        connection.send(LoadFailed(str(error)))
+        return None
+    except MemoryError:
+        connection.send(LoadFailed(f"'{message.config.model}' does not fit into memory"))
+        return None
+    core = build_core(loaded, message.token_bytes)
+    connection.send(loaded.ready)
+    return core
+
+
+def _loop(core: EngineCore, connection: BlockingConnection[ToEngine], pending: list[ToEngine]) -> None:
+    step_seconds = 0.0
+    was_busy = False
+    while True:
+        messages = [*pending, *connection.receive(0 if core.has_work or was_busy else HEARTBEAT_SECONDS)]
+        pending = []
+        outputs = _take_in(core, messages)
+        was_busy = core.has_work
+        if was_busy:
+            started = time.monotonic()
+            outputs += core.step()
+            step_seconds += time.monotonic() - started
+        else:
+            core.check()
+        connection.send(StepOutput(outputs, core.stats(step_seconds)))
+
+
+def _take_in(core: EngineCore, messages: list[ToEngine]) -> list[SequenceOutput]:
+    outputs: list[SequenceOutput] = []
+    for message in messages:
+        match message:
+            case Add():
+                core.add(message)
+            case Abort(sequence_ids):
+                outputs += core.abort(sequence_ids)
+            case Start():
+                raise ProtocolError("Start came twice")
+    return outputs
+
+
+def run_forked(sock: socket.socket, parent: int) -> None:
+    """Entry point of a child of the fork server. `parent` is the API process, which may be gone already."""
+    try:
+        os.kill(parent, 0)
+    except ProcessLookupError:
+        return
+    run_engine(sock)

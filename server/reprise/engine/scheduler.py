@@ -1,0 +1,261 @@
+"""Which sequences compute which tokens in the next step. Pure: no clock, no tensor, no text.
+
+Rules that live here:
+ 1. Every running sequence that needs one token gets it; what is left of the token budget goes to longer passes
+    (prompts, recomputations, `use_cache=False`) in the order of their turns, in chunks where the tier can. Those
+    that wait to be admitted have their turn in the same order.
+ 2. A pass takes a new turn when it is complete, so nobody that starts over at each token holds up a prompt.
+ 3. Admission is first come, first served, and nobody overtakes: a sequence enters when the blocks for all of its
+    tokens are free.
+ 4. When blocks run out, the youngest running sequence gives up all of its own and waits at its old place.
+ 5. `finish` alone ends a sequence, exactly once.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import OrderedDict, deque
+from dataclasses import dataclass
+
+from reprise.engine.block_pool import BlockPool
+from reprise.engine.sequence import Sequence, SequenceStatus
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """Compute tokens `start` to `start + num_tokens` of a sequence."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+    @property
+    def completes_pass(self) -> bool:
+        return self.end == self.sequence.num_tokens
+
+    @property
+    def num_logit_rows(self) -> int:
+        """How many of the last positions need logits: all to score a prompt, else the one that is sampled."""
+        if self.sequence.scores_prompt:
+            return self.num_tokens
+        return 1 if self.completes_pass else 0
+
+
+Batch = list[ScheduledSequence]
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulingLimits:
+    """`chunked`: whether a pass may be spread over steps; without, a pass fits the budget whole or waits."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    chunked: bool = True
+    prefix_cache: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError("max_num_batched_tokens must be at least max_num_seqs, or decoding would starve")
+
+
+class Scheduler:
+    """Sequences waiting and running over one block pool."""
+
+    def __init__(self, limits: SchedulingLimits, pool: BlockPool) -> None:
+        self._limits = limits
+        self._pool = pool
+        self._waiting: OrderedDict[int, Sequence] = OrderedDict()
+        self._preempted: list[Sequence] = []
+        self._running: list[Sequence] = []
+        self._next_turn = 0
+        self.num_preemptions = 0
+
+    @property
+    def pool(self) -> BlockPool:
+        return self._pool
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting) + len(self._preempted)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._running or self._waiting or self._preempted)
+
+    def add(self, sequence: Sequence) -> None:
+        """Enqueue. The caller guarantees that the sequence at its longest fits the pool."""
+        sequence.arrival = sequence.turn = self._take_turn()
+        self._waiting[sequence.sequence_id] = sequence
+
+    def schedule(self) -> Batch:
+        """The next step's work. Empty only where there is nothing to do."""
+        batch: dict[int, ScheduledSequence] = {}
+        by_turn = sorted(self._running, key=lambda s: s.turn)
+        passes = deque(s for s in by_turn if s.num_uncomputed_tokens > 1)
+        for sequence in by_turn:
+            if sequence.num_uncomputed_tokens == 1:
+                self._continue(sequence, batch)
+        admitting = True
+        while admitting or passes:
+            candidate = self._next_waiting() if admitting else None
+            if candidate is not None and not (passes and passes[0].turn < candidate.turn):
+                admitting = self._admit(candidate, batch)
+            elif passes:
+                if not self._continue(passes.popleft(), batch):
+                    break
+            else:
+                break
+        return list(batch.values())
+
+    def advance(self, scheduled: ScheduledSequence) -> None:
+        """The step has computed this. Called before the new token, if any, is appended."""
+        sequence = scheduled.sequence
+        sequence.num_computed_tokens = scheduled.end
+        if scheduled.completes_pass:
+            sequence.turn = self._take_turn()
+            if not sequence.sampling.use_cache:
+                sequence.num_computed_tokens = 0
+
+    def restart(self, sequence: Sequence) -> None:
+        """A running sequence begins its pass anew: what it shares with a failed one is not to be trusted."""
+        self.taint(sequence)
+        self._preempt(sequence)
+
+    def taint(self, sequence: Sequence) -> None:
+        """What this sequence's blocks hold is not to be trusted: nobody shall find it."""
+        self._pool.forget(sequence.block_ids)
+
+    def finish(self, sequence: Sequence) -> bool:
+        """End a sequence, whatever its status. False where it had ended before."""
+        if sequence.status is SequenceStatus.FINISHED:
+            return False
+        if sequence.status is SequenceStatus.RUNNING:
+            self._running.remove(sequence)
+            self._release(sequence)
+        elif self._waiting.pop(sequence.sequence_id, None) is None:
+            self._preempted.remove(sequence)
+        sequence.status = SequenceStatus.FINISHED
+        return True
+
+    def check(self) -> None:
+        """Assert the rules of this file that can be seen from outside a step."""
+        self._pool.check([sequence.block_ids for sequence in self._running])
+        assert [s.arrival for s in self._running] == sorted(s.arrival for s in self._running)
+        assert [s.arrival for s in self._preempted] == sorted(s.arrival for s in self._preempted)
+        assert len(self._running) <= self._limits.max_num_seqs
+        assert all(s.status is SequenceStatus.RUNNING for s in self._running)
+        assert all(not s.block_ids and s.num_computed_tokens == 0 for s in self._preempted)
+
+    def _next_waiting(self) -> Sequence | None:
+        if self._preempted:
+            return self._preempted[0]
+        return next(iter(self._waiting.values()), None)
+
+    def _chunk(self, num_tokens: int, batch: dict[int, ScheduledSequence]) -> int:
+        """How much of a pass of `num_tokens` fits what is left of the budget; 0 where it has to wait."""
+        budget = self._limits.max_num_batched_tokens - sum(s.num_tokens for s in batch.values())
+        if num_tokens <= budget:
+            return num_tokens
+        return budget if self._limits.chunked else 0
+
+    def _continue(self, sequence: Sequence, batch: dict[int, ScheduledSequence]) -> bool:
+        """Schedule more of a running sequence. False: the budget is spent."""
+        if sequence.status is not SequenceStatus.RUNNING:
+            return True
+        num_tokens = self._chunk(sequence.num_uncomputed_tokens, batch)
+        if num_tokens == 0:
+            return False
+        if self._make_room(sequence, sequence.num_computed_tokens + num_tokens, batch):
+            self._schedule(sequence, num_tokens, batch)
+        return True
+
+    def _make_room(self, sequence: Sequence, num_tokens: int, batch: dict[int, ScheduledSequence]) -> bool:
+        """Have blocks for `num_tokens`, preempting from the youngest. False: it had to give up its own."""
+        while not self._grow(sequence, num_tokens):
+            victim = self._running[-1]
+            unscheduled = batch.pop(victim.sequence_id, None)
+            if unscheduled is not None:
+                self._pool.forget(victim.block_ids[unscheduled.start // self._pool.block_size :])
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
+        missing = self._pool.num_blocks_for(num_tokens) - len(sequence.block_ids)
+        if missing > self._pool.num_free:
+            return False
+        if missing > 0:
+            sequence.block_ids += self._pool.allocate(missing)
+        return True
+
+    def _admit(self, sequence: Sequence, batch: dict[int, ScheduledSequence]) -> bool:
+        """Let a waiting sequence run, with whatever prefix of it is cached. False: there is no room for it."""
+        if len(self._running) >= self._limits.max_num_seqs:
+            return False
+        prefix = self._cached_prefix(sequence)
+        for block in prefix:
+            self._pool.share(block)
+        num_cached = len(prefix) * self._pool.block_size
+        missing = self._pool.num_blocks_for(sequence.num_tokens) - len(prefix)
+        num_tokens = self._chunk(sequence.num_tokens - num_cached, batch)
+        if missing > self._pool.num_free or num_tokens == 0:
+            self._pool.release(reversed(prefix))
+            return False
+        sequence.block_ids = prefix
+        sequence.num_computed_tokens = num_cached
+        if sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = min(num_cached, sequence.num_prompt_tokens)
+        if self._waiting.pop(sequence.sequence_id, None) is None:
+            self._preempted.remove(sequence)
+        sequence.status = SequenceStatus.RUNNING
+        bisect.insort(self._running, sequence, key=lambda s: s.arrival)
+        self._schedule(sequence, num_tokens, batch)
+        return True
+
+    def _cached_prefix(self, sequence: Sequence) -> list[int]:
+        """Blocks to reuse. At least one token is left to compute: it gives the logits."""
+        blocks: list[int] = []
+        if not self._limits.prefix_cache or not sequence.uses_prefix_cache or sequence.scores_prompt:
+            return blocks
+        for index in range((sequence.num_tokens - 1) // self._pool.block_size):
+            block = self._pool.find(sequence.digest(index, self._pool.block_size))
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def _schedule(self, sequence: Sequence, num_tokens: int, batch: dict[int, ScheduledSequence]) -> None:
+        scheduled = ScheduledSequence(sequence, sequence.num_computed_tokens, num_tokens)
+        grown = self._grow(sequence, scheduled.end)
+        assert grown
+        batch[sequence.sequence_id] = scheduled
+        if self._limits.prefix_cache and sequence.uses_prefix_cache:
+            # Findable at once: a step writes all keys and values of a layer before it reads any, so sequences
+            # of the same step (the choices of one request) share the prompt that one of them computes.
+            for index in range(scheduled.start // self._pool.block_size, scheduled.end // self._pool.block_size):
+                self._pool.register(sequence.block_ids[index], sequence.digest(index, self._pool.block_size))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        self._release(sequence)
+        sequence.num_computed_tokens = 0
+        sequence.status = SequenceStatus.WAITING
+        bisect.insort(self._preempted, sequence, key=lambda s: s.arrival)
+        self.num_preemptions += 1
+
+    def _release(self, sequence: Sequence) -> None:
+        self._pool.release(reversed(sequence.block_ids))
+        sequence.block_ids = []
+
+    def _take_turn(self) -> int:
+        self._next_turn += 1
+        return self._next_turn

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reprise.engine.bad_words import BadWordAutomaton, TokenTable
+
+# few letters: words overlap, contain and border on each other
+letters = st.sampled_from([b"a", b"b", b"\xe4", b" "])
+words = st.lists(st.lists(letters, min_size=1, max_size=5).map(b"".join), max_size=5)
+texts = st.lists(letters, max_size=8).map(b"".join)
+vocabularies = st.lists(texts, min_size=1, max_size=20)
+
+
+@given(words, st.lists(st.integers(0, 19), max_size=12), vocabularies)
+def test_forbidden_tokens_are_those_that_would_complete_a_word(
+    words: list[bytes], choices: list[int], vocabulary: list[bytes]
+) -> None:
+    automaton, table = BadWordAutomaton(words), TokenTable(vocabulary)
+    text, state = b"", automaton.start
+    for choice in choices:
+        expected = [any(word in text + token for word in words) for token in vocabulary]
+        assert automaton.forbidden(state, table).tolist() == expected
+        token = vocabulary[choice % len(vocabulary)]
+        if any(word in text + token for word in words):
+            continue
+        text += token
+        state = automaton.advance(state, token)
+        assert state != automaton.dead
+
+
+@given(words, texts, texts)
+def test_state_does_not_depend_on_how_the_text_was_split(
+    words: list[bytes], first: bytes, second: bytes
+) -> None:
+    automaton = BadWordAutomaton(words)
+    split = automaton.advance(automaton.advance(automaton.start, first), second)
+    assert split == automaton.advance(automaton.start, first + second)
+    assert (split == automaton.dead) == any(word in first + second for word in words)
+
+
+def test_word_without_space_is_banned_with_and_without_one() -> None:
+    table = TokenTable([b"cat", b" cat", b"con", b"cat", b"e"])
+    automaton = BadWordAutomaton([b"cat"])
+    assert automaton.forbidden(automaton.start, table).tolist() == [True, True, False, True, False]
+    only_spaced = BadWordAutomaton([b" cat"])
+    assert only_spaced.forbidden(only_spaced.start, table).tolist() == [False, True, False, False, False]
+
+
+def test_character_split_over_byte_tokens() -> None:
+    word = "坏".encode()
+    table = TokenTable([word[:1], word[1:2], word[2:], b"x"])
+    automaton = BadWordAutomaton([word])
+    state = automaton.advance(automaton.start, word[:2])
+    assert automaton.forbidden(state, table).tolist() == [False, False, True, False]
+
+
+def test_rows_beyond_the_vocabulary_spell_nothing() -> None:
+    table = TokenTable([b"a"], vocab_size=4)
+    automaton = BadWordAutomaton([b"a"])
+    assert automaton.forbidden(automaton.start, table).tolist() == [True, False, False, False]
+    assert table.token_bytes[3] == b""
+
+
+def test_one_very_long_token_costs_its_own_length_alone() -> None:
+    table = TokenTable([b"a"] * 1000 + [b"b" * 10_000])
+    assert sum(column.nbytes for column in table.columns) == 11_000
+
+
+def test_cache_is_bounded_and_follows_the_table() -> None:
+    automaton = BadWordAutomaton([b"a" * 100])
+    table = TokenTable([b"a", b"b"])
+    for state in range(100):
+        automaton.forbidden(state, table)
+    assert len(automaton._cache) <= 32
+    other = TokenTable([b"a" * 100])
+    assert np.array_equal(automaton.forbidden(automaton.start, other), [True])
+
+
+def test_empty_word_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one byte"):
+        BadWordAutomaton([b"a", b""])

@@ -1,0 +1,209 @@
+"""The scheduler under random arrivals, aborts and preemptions: nothing lost, nothing twice, nobody starves."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reprise.engine.block_pool import BlockPool
+from reprise.engine.scheduler import Batch, Scheduler, SchedulingLimits
+from reprise.engine.sequence import Sequence, SequenceStatus
+from reprise.types import SamplingParams
+
+
+def make_sequence(
+    sequence_id: int,
+    num_prompt_tokens: int,
+    max_tokens: int = 8,
+    *,
+    use_cache: bool = True,
+    first_token: int | None = None,
+) -> Sequence:
+    first = sequence_id * 1000 if first_token is None else first_token
+    return Sequence(
+        sequence_id,
+        choice_index=0,
+        prompt_token_ids=list(range(first, first + num_prompt_tokens)),
+        sampling=SamplingParams(seed=0, max_tokens=max_tokens, use_cache=use_cache),
+    )
+
+
+def make_scheduler(num_blocks: int = 16, block_size: int = 4, **limits: int | bool) -> Scheduler:
+    values = {"max_num_seqs": 4, "max_num_batched_tokens": 16, **limits}
+    return Scheduler(SchedulingLimits(**values), BlockPool(num_blocks, block_size))  # type: ignore[arg-type]  # ints and bools by name
+
+
+def complete(scheduler: Scheduler, batch: Batch) -> list[Sequence]:
+    """What the engine core does after a step, with a token that depends on the sequence alone."""
+    finished = []
+    for scheduled in batch:
+        completes = scheduled.completes_pass
+        scheduler.advance(scheduled)
+        if completes:
+            sequence = scheduled.sequence
+            sequence.token_ids.append(sequence.num_tokens)
+            if sequence.num_output_tokens >= sequence.sampling.max_tokens:
+                assert scheduler.finish(sequence)
+                finished.append(sequence)
+    scheduler.check()
+    return finished
+
+
+def test_a_long_prompt_is_cut_to_the_budget_and_decoding_goes_on_beside_it() -> None:
+    scheduler = make_scheduler(num_blocks=64)
+    short, long = make_sequence(1, 3), make_sequence(2, 40)
+    scheduler.add(short)
+    scheduler.add(long)
+    sizes = []
+    for _ in range(4):
+        batch = scheduler.schedule()
+        sizes.append([(s.sequence.sequence_id, s.num_tokens) for s in batch])
+        complete(scheduler, batch)
+    assert sizes == [[(1, 3), (2, 13)], [(1, 1), (2, 15)], [(1, 1), (2, 12)], [(1, 1), (2, 1)]]
+
+
+def test_without_chunks_a_pass_is_whole_or_waits() -> None:
+    scheduler = make_scheduler(num_blocks=64, max_num_batched_tokens=20, chunked=False)
+    scheduler.add(make_sequence(1, 12))
+    scheduler.add(make_sequence(2, 12))
+    first = scheduler.schedule()
+    assert [s.num_tokens for s in first] == [12]
+    complete(scheduler, first)
+    assert sorted(s.num_tokens for s in scheduler.schedule()) == [1, 12]
+
+
+def test_when_blocks_run_out_the_youngest_waits_at_its_old_place() -> None:
+    scheduler = make_scheduler(num_blocks=4, max_num_batched_tokens=32)
+    old, young, third = (make_sequence(i, 7, max_tokens=6) for i in (1, 2, 3))
+    for sequence in (old, young, third):
+        scheduler.add(sequence)
+    complete(scheduler, scheduler.schedule())
+    complete(scheduler, scheduler.schedule())
+    assert (old.status, young.status) == (SequenceStatus.RUNNING, SequenceStatus.RUNNING)
+    batch = scheduler.schedule()
+    assert [s.sequence for s in batch] == [old]
+    assert (young.status, young.num_computed_tokens, young.block_ids) == (SequenceStatus.WAITING, 0, [])
+    order = []
+    while scheduler.has_work:
+        order += complete(scheduler, batch)
+        batch = scheduler.schedule()
+    assert order == [old, young, third]
+
+
+def test_a_block_that_was_never_computed_is_not_found() -> None:
+    """A sequence preempted in the same call that scheduled it must not leave its blocks in the prefix index."""
+    scheduler = make_scheduler(num_blocks=5, block_size=2, max_num_batched_tokens=64)
+    recomputing = make_sequence(1, 6, max_tokens=3, use_cache=False)
+    young = make_sequence(2, 3, max_tokens=3)
+    scheduler.add(recomputing)
+    scheduler.add(young)
+    digests = []
+    while scheduler.num_preemptions == 0:
+        before = young.num_computed_tokens
+        batch = scheduler.schedule()
+        if scheduler.num_preemptions:
+            digests = [young.digest(i, 2) for i in range(before // 2, young.num_tokens // 2)]
+        complete(scheduler, batch)
+    assert digests
+    assert all(scheduler.pool.find(digest) is None for digest in digests)
+
+
+def test_recomputing_sequences_take_turns_with_prompts() -> None:
+    """`use_cache=False` computes everything at each token; a later prompt still gets its first token soon."""
+    scheduler = make_scheduler(num_blocks=64, max_num_batched_tokens=16)
+    scheduler.add(make_sequence(1, 16, max_tokens=50, use_cache=False))
+    scheduler.add(make_sequence(2, 16, max_tokens=50, use_cache=False))
+    late = make_sequence(3, 30, max_tokens=2)
+    for _ in range(6):
+        complete(scheduler, scheduler.schedule())
+    scheduler.add(late)
+    steps = 0
+    while late.num_output_tokens == 0:
+        complete(scheduler, scheduler.schedule())
+        steps += 1
+    assert steps <= 12
+
+
+def test_an_abort_ends_waiting_running_and_preempted_sequences_alike() -> None:
+    scheduler = make_scheduler(num_blocks=4, max_num_batched_tokens=32)
+    sequences = [make_sequence(i, 7, max_tokens=6) for i in (1, 2, 3)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    while scheduler.num_preemptions == 0:
+        complete(scheduler, scheduler.schedule())
+    for sequence in sequences:
+        assert scheduler.finish(sequence)
+        assert not scheduler.finish(sequence)
+        scheduler.check()
+    assert not scheduler.has_work
+    assert scheduler.pool.num_free == 4
+
+
+def test_a_budget_that_would_starve_decoding_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_num_batched_tokens"):
+        SchedulingLimits(max_num_seqs=8, max_num_batched_tokens=4)
+
+
+ARRIVAL = st.tuples(
+    st.integers(1, 18),  # prompt tokens
+    st.integers(1, 9),  # max tokens
+    st.booleans(),  # use_cache
+    st.integers(0, 3),  # which of a few prompts: equal ones share blocks
+    st.integers(0, 12),  # step of arrival
+    st.one_of(st.none(), st.integers(0, 20)),  # step of an abort
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    arrivals=st.lists(ARRIVAL, min_size=1, max_size=12),
+    num_blocks=st.integers(7, 24),
+    block_size=st.sampled_from([4, 8]),
+    max_num_seqs=st.integers(1, 5),
+    budget=st.integers(5, 40),
+    chunked=st.booleans(),
+)
+def test_every_request_ends_exactly_once_and_no_block_is_lost(
+    arrivals: list[tuple[int, int, bool, int, int, int | None]],
+    num_blocks: int,
+    block_size: int,
+    max_num_seqs: int,
+    budget: int,
+    *,
+    chunked: bool,
+) -> None:
+    scheduler = make_scheduler(
+        num_blocks,
+        block_size,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget if chunked else budget + 28,
+        chunked=chunked,
+    )
+    sequences = [
+        make_sequence(i, prompt, tokens, use_cache=cache, first_token=which * 1000)
+        for i, (prompt, tokens, cache, which, _, _) in enumerate(arrivals)
+    ]
+    ended: list[Sequence] = []
+    for step in range(2000):
+        for sequence, arrival in zip(sequences, arrivals, strict=True):
+            if arrival[4] == step:
+                scheduler.add(sequence)
+            if arrival[5] is not None and arrival[4] + arrival[5] == step and scheduler.finish(sequence):
+                ended.append(sequence)
+        if step > 40 and not scheduler.has_work:
+            break
+        batch = scheduler.schedule()
+        assert bool(batch) == scheduler.has_work, "work that nobody does"
+        assert sum(s.num_tokens for s in batch) <= scheduler._limits.max_num_batched_tokens
+        # Nobody writes to a block that somebody else holds.
+        for scheduled in batch:
+            written = scheduled.sequence.block_ids[scheduled.start // block_size : -(-scheduled.end // block_size)]
+            for other in scheduler._running:
+                if other is not scheduled.sequence:
+                    overlap = set(written) & set(other.block_ids)
+                    assert not overlap or all(scheduler.pool._digests[b] is not None for b in overlap)
+        ended += complete(scheduler, batch)
+    assert sorted(s.sequence_id for s in ended) == sorted(s.sequence_id for s in sequences)
+    assert scheduler.pool.num_free == num_blocks
+    for sequence in sequences:
+        assert sequence.status is SequenceStatus.FINISHED

@@ -1,0 +1,95 @@
+"""Tiny random-weight models of the real architectures: a few thousand parameters, the real code paths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+VOCAB_SIZE = 199
+EOS_TOKEN_ID = 3
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "bos_token_id": 2,
+    "eos_token_id": EOS_TOKEN_ID,
+    "pad_token_id": 0,
+    "max_position_embeddings": 256,
+}
+_LLAMA = {**_COMMON, "intermediate_size": 64, "num_key_value_heads": 2}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [1.5, 2.0, 3.0, 4.0],
+    "original_max_position_embeddings": 64,
+    "factor": 4.0,
+}
+_DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+
+CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": lambda: transformers.LlamaConfig(**_LLAMA),
+    "qwen3": lambda: transformers.Qwen3Config(**_LLAMA, head_dim=8),
+    "phi3": lambda: transformers.Phi3Config(**_LLAMA),
+    "phi3-longrope": lambda: transformers.Phi3Config(
+        **_LLAMA, rope_parameters=dict(_LONGROPE), original_max_position_embeddings=64
+    ),
+    "llama-dynamic": lambda: transformers.LlamaConfig(
+        **{**_LLAMA, "max_position_embeddings": 64}, rope_parameters=dict(_DYNAMIC)
+    ),
+    "mistral-window": lambda: transformers.MistralConfig(**_LLAMA, sliding_window=8),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **_LLAMA, head_dim=8, sliding_window=8, query_pre_attn_scalar=8, attn_logit_softcapping=5.0
+    ),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **{**_LLAMA, "num_hidden_layers": 3}, head_dim=8, sliding_window=8, query_pre_attn_scalar=8,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "gpt-neox": lambda: transformers.GPTNeoXConfig(**_COMMON, intermediate_size=64),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=256,
+        bos_token_id=2, eos_token_id=EOS_TOKEN_ID,
+    ),
+    "mixtral": lambda: transformers.MixtralConfig(**_LLAMA, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3-moe": lambda: transformers.Qwen3MoeConfig(
+        **_LLAMA, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
+    ),
+    "gpt-oss": lambda: transformers.GptOssConfig(
+        **_LLAMA, head_dim=8, sliding_window=8, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "falcon": lambda: transformers.FalconConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        bos_token_id=2, eos_token_id=EOS_TOKEN_ID, max_position_embeddings=256,
+    ),
+    "bloom": lambda: transformers.BloomConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=32, n_layer=2, n_head=4, bos_token_id=2, eos_token_id=EOS_TOKEN_ID
+    ),
+    "mamba": lambda: transformers.MambaConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=2, state_size=8,
+        bos_token_id=2, eos_token_id=EOS_TOKEN_ID, pad_token_id=0,
+    ),
+    "mamba2": lambda: transformers.Mamba2Config(
+        vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=2, state_size=8, num_heads=4, head_dim=16,
+        n_groups=1, chunk_size=8, bos_token_id=2, eos_token_id=EOS_TOKEN_ID, pad_token_id=0,
+    ),
+}  # fmt: skip
+
+PAGED = [name for name in CONFIGS if name not in {"falcon", "bloom", "mamba", "mamba2"}]
+PADDED = ["falcon", "bloom", "mamba", "mamba2"]
+
+
+def build(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model of that architecture with weights large enough that its greedy choices differ from step to step."""
+    torch.manual_seed(len(name) * 7919 + sum(map(ord, name)))
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.normal_(std=0.25)
+    return model.to(dtype).eval()
