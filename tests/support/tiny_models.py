@@ -84,10 +84,12 @@ PAGED = [name for name in CONFIGS if name not in {"falcon", "bloom", "mamba", "m
 PADDED = ["falcon", "bloom", "mamba", "mamba2"]
 
 
-def build(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def build(name: str, dtype: torch.dtype = torch.float32, vocab_size: int = VOCAB_SIZE) -> PreTrainedModel:
     """A model of that architecture with weights large enough that its greedy choices differ from step to step."""
     torch.manual_seed(len(name) * 7919 + sum(map(ord, name)))
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation="eager")
+    config = CONFIGS[name]()
+    config.vocab_size = vocab_size
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:

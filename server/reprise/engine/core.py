@@ -94,6 +94,8 @@ class EngineCore:
             return [(batch, self._runner.run(batch))]
         except Exception as error:  # noqa: BLE001 - whatever a model's code raises must not end the others
             logger.warning("a forward pass over %d sequences failed: %s", len(batch), type(error).__name__)
+            if len(batch) == 1:
+                return [(batch, None)]
         parts: list[tuple[Batch, Tensor | None]] = []
         tainted: set[int] = set()
         for scheduled in batch:

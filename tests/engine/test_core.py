@@ -1,0 +1,151 @@
+"""The engine's step around the model: how sequences end, what failures touch, what is reported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from reprise.engine.core import EngineCore
+from reprise.engine.model_runner import ModelRunner
+from reprise.engine.scheduler import Batch
+from reprise.engine.sequence import Sequence
+from reprise.ipc.messages import Add
+from reprise.types import FinishReason
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from support.engine_driver import Result, build_core, drain, greedy, load_from, run
+from support.tiny_models import EOS_TOKEN_ID, VOCAB_SIZE
+
+ModelDirectory = Callable[[str], Path]
+PROMPT = list(range(10, 25))
+
+
+@pytest.fixture
+def core(model_directory: ModelDirectory) -> EngineCore:
+    return build_core(load_from(model_directory("llama")), None)
+
+
+def first_tokens(core: EngineCore, count: int) -> list[int]:
+    return run(core, [(PROMPT, greedy(count, end_token_ids=()))], first_id=900)[0].token_ids
+
+
+def test_length_is_the_reason_at_max_tokens(core: EngineCore) -> None:
+    result = run(core, [(PROMPT, greedy(4, end_token_ids=()))])[0]
+    assert (result.finish_reason, len(result.token_ids)) == (FinishReason.LENGTH, 4)
+
+
+def test_an_end_token_stops_even_at_the_last_allowed_place(core: EngineCore) -> None:
+    tokens = first_tokens(core, 4)
+    result = run(core, [(PROMPT, greedy(4, end_token_ids=(tokens[3],)))])[0]
+    assert (result.finish_reason, result.stop_token_id) == (FinishReason.STOP, None)
+    assert result.token_ids == tokens
+
+
+def test_a_stop_token_is_named(core: EngineCore) -> None:
+    tokens = first_tokens(core, 4)
+    result = run(core, [(PROMPT, greedy(9, stop_token_ids=(tokens[2],)))])[0]
+    assert (result.finish_reason, result.stop_token_id) == (FinishReason.STOP, tokens[2])
+    assert result.token_ids == tokens[:3]
+
+
+def test_min_tokens_keeps_an_end_token_away(core: EngineCore) -> None:
+    tokens = first_tokens(core, 4)
+    result = run(core, [(PROMPT, greedy(8, end_token_ids=(tokens[0],), min_tokens=6))])[0]
+    assert tokens[0] not in result.token_ids[:6]
+    assert len(result.token_ids) >= 6
+
+
+def test_going_on_after_delivered_tokens_gives_the_same_tokens(core: EngineCore) -> None:
+    whole = run(core, [(PROMPT, greedy(10, temperature=1.0, seed=77, end_token_ids=()))])[0]
+    results = {50: Result(token_ids=whole.token_ids[:6])}
+    sampling = greedy(10, temperature=1.0, seed=77, end_token_ids=())
+    core.add(Add(50, 0, PROMPT, sampling, whole.token_ids[:6]))
+    drain(core, results)
+    assert results[50].token_ids == whole.token_ids
+
+
+@pytest.mark.parametrize("name", ["llama", "falcon"])
+def test_prompt_logprobs_are_those_of_the_models_own_forward(name: str, model_directory: ModelDirectory) -> None:
+    loaded = load_from(model_directory(name), max_num_batched_tokens=8, max_num_seqs=4)
+    core = build_core(loaded, None)
+    run(core, [(PROMPT, greedy(2))], first_id=500)  # leaves a cached prefix, which scoring must not use
+    result = run(core, [(PROMPT, greedy(0, num_prompt_logprobs=2)), (PROMPT, greedy(3))])[0]
+    model = AutoModelForCausalLM.from_pretrained(model_directory(name))
+    with torch.no_grad():
+        expected = model(torch.tensor([PROMPT])).logits[0].log_softmax(-1)
+    assert result.finish_reason == FinishReason.LENGTH
+    assert result.token_ids == []
+    assert result.prompt_logprobs is not None
+    assert result.prompt_logprobs[0] is None
+    assert len(result.prompt_logprobs) == len(PROMPT)
+    for position, entry in enumerate(result.prompt_logprobs[1:], start=1):
+        assert entry is not None
+        assert entry.token_id == PROMPT[position]
+        assert entry.logprob == pytest.approx(float(expected[position - 1, PROMPT[position]]), abs=1e-4)
+        assert entry.top[0][0] == int(expected[position - 1].argmax())
+
+
+def test_an_unknown_or_finished_sequence_can_be_aborted(core: EngineCore) -> None:
+    run(core, [(PROMPT, greedy(2))])
+    assert core.abort([1, 99]) == []
+
+
+class FailingRunner:
+    """The real runner, but a forward that holds a certain token fails: with an exception or with NaN."""
+
+    def __init__(self, runner: ModelRunner, poison: int, *, with_nan: bool) -> None:
+        self._runner = runner
+        self._poison = poison
+        self._with_nan = with_nan
+
+    def run(self, batch: Batch) -> Tensor:
+        poisoned = [self._poison in s.sequence.token_ids[: s.sequence.num_prompt_tokens] for s in batch]
+        if any(poisoned) and not self._with_nan:
+            raise RuntimeError("poison")
+        logits = self._runner.run(batch).clone()
+        rows = [row for row, s in enumerate(batch) for _ in range(s.num_logit_rows)]
+        for index, row in enumerate(rows):
+            if poisoned[row]:
+                logits[index] = float("nan")
+        return logits
+
+    def forget(self, sequence: Sequence) -> None:
+        self._runner.forget(sequence)
+
+
+@pytest.mark.parametrize("name", ["llama", "falcon"])
+@pytest.mark.parametrize(("with_nan", "code"), [(False, "forward_error"), (True, "numerical_error")])
+def test_a_poisoned_sequence_fails_alone(
+    name: str, with_nan: bool, code: str, model_directory: ModelDirectory
+) -> None:
+    clean = run(build_core(load_from(model_directory(name)), None), [(PROMPT, greedy(8))])[0]
+    loaded = load_from(model_directory(name))
+    loaded.runner = FailingRunner(loaded.runner, VOCAB_SIZE - 1, with_nan=with_nan)
+    core = build_core(loaded, None)
+    poisoned = [*PROMPT, VOCAB_SIZE - 1]
+    good, bad, other = run(core, [(PROMPT, greedy(8)), (poisoned, greedy(8)), (PROMPT[:7], greedy(8))])
+    assert bad.finish_reason == FinishReason.ERROR
+    assert bad.error_code == code
+    assert good.token_ids == clean.token_ids
+    assert other.finish_reason in {FinishReason.STOP, FinishReason.LENGTH}
+
+
+def test_what_a_failed_sequence_computed_is_not_found_again(model_directory: ModelDirectory) -> None:
+    loaded = load_from(model_directory("llama"))
+    runner = loaded.runner
+    loaded.runner = FailingRunner(runner, PROMPT[0], with_nan=True)
+    core = build_core(loaded, None)
+    assert run(core, [(PROMPT, greedy(8))])[0].error_code == "numerical_error"
+    assert core.stats().num_kv_tokens_cached == 0
+
+
+def test_statistics_count_what_happened(core: EngineCore) -> None:
+    run(core, [(PROMPT, greedy(3, end_token_ids=())), (PROMPT, greedy(5, end_token_ids=()))])
+    stats = core.stats()
+    assert (stats.num_prompt_tokens, stats.num_generated_tokens) == (2 * len(PROMPT), 8)
+    assert stats.num_cached_tokens == 12
+    assert (stats.num_running, stats.num_waiting, stats.num_kv_tokens_used) == (0, 0, 0)
+    assert EOS_TOKEN_ID < VOCAB_SIZE
