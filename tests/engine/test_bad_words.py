@@ -32,9 +32,7 @@ def test_forbidden_tokens_are_those_that_would_complete_a_word(
 
 
 @given(words, texts, texts)
-def test_state_does_not_depend_on_how_the_text_was_split(
-    words: list[bytes], first: bytes, second: bytes
-) -> None:
+def test_state_does_not_depend_on_how_the_text_was_split(words: list[bytes], first: bytes, second: bytes) -> None:
     automaton = BadWordAutomaton(words)
     split = automaton.advance(automaton.advance(automaton.start, first), second)
     assert split == automaton.advance(automaton.start, first + second)

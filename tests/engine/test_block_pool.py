@@ -6,6 +6,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
 from reprise.engine.block_pool import ROOT_DIGEST, BlockPool, block_digest
 
 

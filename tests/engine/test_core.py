@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
 from reprise.engine.core import EngineCore
 from reprise.engine.model_runner import ModelRunner
 from reprise.engine.scheduler import Batch
 from reprise.engine.sequence import Sequence
 from reprise.ipc.messages import Add
 from reprise.types import FinishReason
-from torch import Tensor
-from transformers import AutoModelForCausalLM
-
 from support.engine_driver import Result, build_core, drain, greedy, load_from, run
 from support.tiny_models import EOS_TOKEN_ID, VOCAB_SIZE
 
@@ -118,9 +118,7 @@ class FailingRunner:
 
 @pytest.mark.parametrize("name", ["llama", "falcon"])
 @pytest.mark.parametrize(("with_nan", "code"), [(False, "forward_error"), (True, "numerical_error")])
-def test_a_poisoned_sequence_fails_alone(
-    name: str, with_nan: bool, code: str, model_directory: ModelDirectory
-) -> None:
+def test_a_poisoned_sequence_fails_alone(name: str, with_nan: bool, code: str, model_directory: ModelDirectory) -> None:
     clean = run(build_core(load_from(model_directory(name)), None), [(PROMPT, greedy(8))])[0]
     loaded = load_from(model_directory(name))
     loaded.runner = FailingRunner(loaded.runner, VOCAB_SIZE - 1, with_nan=with_nan)

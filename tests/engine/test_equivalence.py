@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from support import tiny_models
 import torch
-from support.engine_driver import build_core, greedy, load_from, run
-from reprise.types import SamplingParams
 from transformers import AutoModelForCausalLM
+
+from reprise.types import SamplingParams
+from support import tiny_models
+from support.engine_driver import build_core, greedy, load_from, run
 
 ModelDirectory = Callable[[str], Path]
 COMPARED = [name for name in tiny_models.CONFIGS if name not in {"phi3-longrope", "llama-dynamic"}]
@@ -28,12 +30,16 @@ def prompts() -> list[list[int]]:
 
 def generated(directory: Path) -> list[list[int]]:
     """The oracle: transformers' own generate, one prompt at a time, up to an end token."""
-    model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
     outputs = []
     for prompt in prompts():
         ids = torch.tensor([prompt])
         output = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NUM_TOKENS, pad_token_id=0
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=NUM_TOKENS,
+            pad_token_id=0,
         )
         outputs.append(output[0, len(prompt) :].tolist())
     return outputs
@@ -69,8 +75,8 @@ def test_greedy_output_equals_generate(name: str, model_directory: ModelDirector
 
 @pytest.mark.parametrize("name", ["llama", "falcon"])
 def test_a_request_joins_and_leaves_at_any_step(name: str, model_directory: ModelDirectory) -> None:
-    from support.engine_driver import Result, drain
     from reprise.ipc.messages import Add
+    from support.engine_driver import Result, drain
 
     directory = model_directory(name)
     expected = generated(directory)
@@ -122,9 +128,7 @@ def test_choices_of_one_step_share_the_prompt(model_directory: ModelDirectory) -
 
 
 @pytest.mark.parametrize("name", ["phi3-longrope", "llama-dynamic"])
-def test_a_long_neighbour_does_not_change_a_short_requests_logits(
-    name: str, model_directory: ModelDirectory
-) -> None:
+def test_a_long_neighbour_does_not_change_a_short_requests_logits(name: str, model_directory: ModelDirectory) -> None:
     """Rope factors that follow the longest position of a batch are frozen at load (M14)."""
     length = 200 if name == "phi3-longrope" else 120
     loaded = load_from(model_directory(name), max_model_len=250)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from reprise.engine import logits as processors
 from torch import Tensor
 from transformers import (
     LogitsProcessor,
@@ -17,6 +16,8 @@ from transformers import (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
+
+from reprise.engine import logits as processors
 
 VOCAB_SIZE = 97
 
@@ -71,6 +72,10 @@ def test_presence_counts_once_and_frequency_each_time() -> None:
 
 @pytest.mark.parametrize("process", [processors.top_p, processors.min_p, processors.typical_p])
 def test_the_narrowest_setting_leaves_one_token(process: Callable[[Tensor, Tensor], Tensor]) -> None:
-    narrowest = {processors.top_p: 0.0, processors.min_p: 1.0, processors.typical_p: 1e-9}[process]
-    kept = torch.isfinite(process(scores(3)[2:], torch.tensor([narrowest])))
+    narrowest: dict[Callable[[Tensor, Tensor], Tensor], float] = {
+        processors.top_p: 0.0,
+        processors.min_p: 1.0,
+        processors.typical_p: 1e-9,
+    }
+    kept = torch.isfinite(process(scores(3)[2:], torch.tensor([narrowest[process]])))
     assert int(kept.sum()) == 1

@@ -7,6 +7,7 @@ import math
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from reprise.engine.noise import draw_key, gumbel, uniform
 
 INT64 = st.integers(-(2**63), 2**63 - 1)

@@ -6,9 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from reprise.engine.sampler import LOWEST_LOGPROB, Sampler
-from reprise.engine.sequence import Sequence
-from reprise.types import SamplingParams
 from torch import Tensor
 from transformers import (
     LogitsProcessorList,
@@ -20,12 +17,16 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
+from reprise.engine.sampler import LOWEST_LOGPROB, Sampler
+from reprise.engine.sequence import Sequence
+from reprise.types import SamplingParams
+
 VOCAB_SIZE = 61
 TOKEN_BYTES = [f"<{i}>".encode() for i in range(VOCAB_SIZE - 4)] + [b" ba", b"d", b"ba", b"bad"]
 BA, D, BA_PLAIN, BAD = range(VOCAB_SIZE - 4, VOCAB_SIZE)
 
 
-def sequence(number: int = 1, output: list[int] | None = None, **sampling: Any) -> Sequence:  # noqa: ANN401 - any field
+def sequence(number: int = 1, output: list[int] | None = None, **sampling: Any) -> Sequence:
     values = {"seed": number, "max_tokens": 100, "temperature": 1.0, **sampling}
     return Sequence(
         number,
@@ -47,12 +48,19 @@ def finite(sampler: Sampler, seq: Sequence, raw: Tensor) -> set[int]:
 
 def test_the_processed_distribution_equals_transformers_chain() -> None:
     """generate()'s own order: repetition penalty, temperature, top-k, top-p, min-p, typical-p."""
-    parameters = [
+    parameters: list[dict[str, Any]] = [
         {"temperature": 0.7, "top_k": 20, "top_p": 0.9},
         {"temperature": 1.7, "min_p": 0.05, "typical_p": 0.8},
         {"repetition_penalty": 1.3, "top_p": 0.5},
         {},
-        {"temperature": 0.3, "top_k": 5, "top_p": 0.95, "min_p": 0.01, "typical_p": 0.9, "repetition_penalty": 0.8},
+        {
+            "temperature": 0.3,
+            "top_k": 5,
+            "top_p": 0.95,
+            "min_p": 0.01,
+            "typical_p": 0.9,
+            "repetition_penalty": 0.8,
+        },
     ]
     raw = logits(len(parameters))
     sequences = [sequence(i + 1, [4, 4, 9], **p) for i, p in enumerate(parameters)]
@@ -70,7 +78,7 @@ def test_the_processed_distribution_equals_transformers_chain() -> None:
             chain.append(MinPLogitsWarper(p["min_p"]))
         if "typical_p" in p:
             chain.append(TypicalLogitsWarper(p["typical_p"]))
-        expected = chain(torch.tensor([sequences[row].token_ids]), raw[row : row + 1].clone())
+        expected = chain(torch.LongTensor([sequences[row].token_ids]), torch.FloatTensor(raw[row : row + 1].clone()))
         torch.testing.assert_close(actual[row : row + 1], expected)
 
 
@@ -93,7 +101,7 @@ def test_a_row_is_sampled_alike_alone_and_in_company() -> None:
 
 def test_sampled_frequencies_fit_the_processed_distribution() -> None:
     raw = logits(1, seed=5)
-    parameters = {"temperature": 0.8, "top_p": 0.95, "repetition_penalty": 1.2}
+    parameters: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "repetition_penalty": 1.2}
     sampler = Sampler()
     num_draws = 6000
     counts = torch.zeros(VOCAB_SIZE)
@@ -134,7 +142,7 @@ def test_penalties_count_the_output_and_repetition_the_prompt_too() -> None:
     assert penalised[9] == 0.0
     assert penalised[2] == 1.0
     repeated = Sampler().processed([sequence(1, [9, 9], repetition_penalty=2.0)], raw)[0]
-    assert (repeated[9], repeated[2], repeated[20]) == (0.5, 0.5, 1.0)
+    assert repeated[[9, 2, 20]].tolist() == [0.5, 0.5, 1.0]
 
 
 def test_penalties_keep_up_with_a_growing_output() -> None:
@@ -192,7 +200,10 @@ def test_a_row_of_no_numbers_fails_and_its_neighbour_does_not(value: float) -> N
     broken = raw.clone()
     broken[0, 13] = value
     good = Sampler().sample([sequence(2)], raw[1:])[0]
-    assert [s.error_code for s in Sampler().sample([sequence(1), sequence(2)], broken)] == ["numerical_error", None]
+    assert [s.error_code for s in Sampler().sample([sequence(1), sequence(2)], broken)] == [
+        "numerical_error",
+        None,
+    ]
     assert Sampler().sample([sequence(1), sequence(2)], broken)[1] == good
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from reprise.engine.block_pool import BlockPool
 from reprise.engine.scheduler import Batch, Scheduler, SchedulingLimits
 from reprise.engine.sequence import Sequence, SequenceStatus

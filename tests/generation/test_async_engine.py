@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from reprise.errors import GenerationError, ModelLoadError, UnavailableError
 from reprise.generation.async_engine import AsyncEngine, RequestStream, merge
 from reprise.generation.interface import EngineState
 from reprise.ipc.messages import EngineConfig, LoadProgress
 from reprise.text.tokenizer import Tokenizer
 from reprise.types import ChoiceDelta, FinishReason, GenerationRequest, SamplingParams, StopStrings
-
 from support.servable import save_servable
 
 pytestmark = pytest.mark.anyio
@@ -38,8 +38,14 @@ def tokenizer(directory: Path) -> Tokenizer:
     return Tokenizer.load(str(directory))
 
 
-def config(directory: Path, **changes: Any) -> EngineConfig:  # noqa: ANN401 - any field of the struct
-    values = {"model": str(directory), "device": "cpu", "kv_cache_memory": 1 << 20, "num_threads": 1, **changes}
+def config(directory: Path, **changes: Any) -> EngineConfig:
+    values = {
+        "model": str(directory),
+        "device": "cpu",
+        "kv_cache_memory": 1 << 20,
+        "num_threads": 1,
+        **changes,
+    }
     return EngineConfig(**values)
 
 
@@ -51,7 +57,7 @@ async def engine(directory: Path, tokenizer: Tokenizer) -> AsyncIterator[AsyncEn
     await engine.stop()
 
 
-def request(tokenizer: Tokenizer, text: str = "The quick brown", **changes: Any) -> GenerationRequest:  # noqa: ANN401
+def request(tokenizer: Tokenizer, text: str = "The quick brown", **changes: Any) -> GenerationRequest:
     fields = {name: changes.pop(name) for name in ("num_choices", "stop") if name in changes}
     sampling = {"seed": 3, "max_tokens": 20, **changes}
     return GenerationRequest(
@@ -88,9 +94,7 @@ async def test_a_request_gives_text_that_its_tokens_spell(engine: AsyncEngine, t
         assert len(delta.token_ids) == 20
         assert delta.finish_reason is FinishReason.LENGTH
         spelt = b"".join(
-            tokenizer.vocabulary.data(i)
-            for i in delta.token_ids
-            if i not in tokenizer.vocabulary.special_token_ids
+            tokenizer.vocabulary.data(i) for i in delta.token_ids if i not in tokenizer.vocabulary.special_token_ids
         )
         assert delta.text == spelt.decode(errors="replace")
     assert folded[0].token_ids != folded[1].token_ids
@@ -117,24 +121,18 @@ async def test_many_at_once_equal_each_alone(engine: AsyncEngine, tokenizer: Tok
     assert [folded[0].token_ids for folded in together] == alone
 
 
-async def test_a_stop_string_ends_the_choice_and_frees_its_slot(
-    engine: AsyncEngine, tokenizer: Tokenizer
-) -> None:
+async def test_a_stop_string_ends_the_choice_and_frees_its_slot(engine: AsyncEngine, tokenizer: Tokenizer) -> None:
     whole = (await collect(engine.submit(request(tokenizer, end_token_ids=(), max_tokens=40))))[0].text
     stop = whole[10:13]
     cut = (
-        await collect(
-            engine.submit(request(tokenizer, end_token_ids=(), max_tokens=40, stop=StopStrings((stop,))))
-        )
+        await collect(engine.submit(request(tokenizer, end_token_ids=(), max_tokens=40, stop=StopStrings((stop,)))))
     )[0]
     assert cut.text == whole[: whole.index(stop)]
     assert (cut.finish_reason, cut.stop_reason) == (FinishReason.STOP, stop)
     await idle(engine)
 
 
-async def test_a_closed_stream_frees_its_slot_within_a_moment(
-    engine: AsyncEngine, tokenizer: Tokenizer
-) -> None:
+async def test_a_closed_stream_frees_its_slot_within_a_moment(engine: AsyncEngine, tokenizer: Tokenizer) -> None:
     stream = engine.submit(request(tokenizer, end_token_ids=(), max_tokens=150, num_choices=3))
     await anext(stream)
     stream.close()
@@ -151,9 +149,7 @@ async def test_a_slow_reader_finds_its_deltas_merged(engine: AsyncEngine, tokeni
     assert len(deltas) < 10
 
 
-async def test_a_choice_that_cannot_go_on_fails_its_request_alone(
-    engine: AsyncEngine, tokenizer: Tokenizer
-) -> None:
+async def test_a_choice_that_cannot_go_on_fails_its_request_alone(engine: AsyncEngine, tokenizer: Tokenizer) -> None:
     only = tokenizer.encode("dog", add_special_tokens=False)[0]
     word = tokenizer.vocabulary.data(only)
     impossible = request(tokenizer, allowed_token_ids=(only,), bad_words=(word,), end_token_ids=())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import threading
 import time
@@ -10,6 +11,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from reprise.ipc.messages import Abort, Add, EngineStats, FromEngine, SequenceOutput, StepOutput, ToEngine
 from reprise.ipc.transport import (
     BlockingConnection,
@@ -30,7 +32,7 @@ def test_frames_come_out_whole_for_every_split(payloads: list[bytes], cuts: list
     stream = b"".join(map(framed, payloads))
     edges = sorted({0, len(stream), *(cut for cut in cuts if cut < len(stream))})
     decoder = FrameDecoder()
-    frames = [f for a, b in zip(edges, edges[1:], strict=False) for f in decoder.feed(stream[a:b])]
+    frames = [f for a, b in itertools.pairwise(edges) for f in decoder.feed(stream[a:b])]
     assert frames == payloads
 
 
@@ -79,8 +81,7 @@ def test_a_connection_waits_at_most_its_timeout_and_sees_the_peer_go() -> None:
     with pytest.raises(ConnectionClosed):
         connection.receive(1.0)
     with pytest.raises(ConnectionClosed):
-        for _ in range(2):
-            connection.send(Abort([3]))
+        connection.send(Abort([3]))
     connection.close()
 
 

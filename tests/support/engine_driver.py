@@ -11,7 +11,6 @@ from reprise.engine.loader import LoadedModel, load
 from reprise.engine.process import build_core
 from reprise.ipc.messages import Add, EngineConfig, SequenceOutput
 from reprise.types import FinishReason, SamplingParams, TokenLogprobs
-
 from support.tiny_models import EOS_TOKEN_ID
 
 
@@ -43,18 +42,34 @@ class Result:
             self.num_terminal += 1
 
 
-def greedy(max_tokens: int = 12, **changes: Any) -> SamplingParams:  # noqa: ANN401 - any field of the struct
-    values = {"seed": 0, "temperature": 0.0, "max_tokens": max_tokens, "end_token_ids": (EOS_TOKEN_ID,), **changes}
+def greedy(max_tokens: int = 12, **changes: Any) -> SamplingParams:
+    values = {
+        "seed": 0,
+        "temperature": 0.0,
+        "max_tokens": max_tokens,
+        "end_token_ids": (EOS_TOKEN_ID,),
+        **changes,
+    }
     return SamplingParams(**values)
 
 
-def load_from(directory: Path, **config: Any) -> LoadedModel:  # noqa: ANN401 - any field of the struct
-    settings = {"model": str(directory), "device": "cpu", "block_size": 4, "kv_cache_memory": 1 << 20, **config}
+def load_from(directory: Path, **config: Any) -> LoadedModel:
+    settings = {
+        "model": str(directory),
+        "device": "cpu",
+        "block_size": 4,
+        "kv_cache_memory": 1 << 20,
+        **config,
+    }
     return load(EngineConfig(**settings), lambda _stage, _fraction: None)
 
 
 def run(
-    core: EngineCore, requests: list[tuple[list[int], SamplingParams]], *, first_id: int = 1, max_steps: int = 3000
+    core: EngineCore,
+    requests: list[tuple[list[int], SamplingParams]],
+    *,
+    first_id: int = 1,
+    max_steps: int = 3000,
 ) -> list[Result]:
     """Each request as one sequence, all at once, until all have ended."""
     results = {first_id + i: Result() for i in range(len(requests))}

@@ -58,7 +58,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
     "mixtral": lambda: transformers.MixtralConfig(**_LLAMA, num_local_experts=4, num_experts_per_tok=2),
     "qwen3-moe": lambda: transformers.Qwen3MoeConfig(
-        **_LLAMA, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
+        **_LLAMA, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
     ),
     "gpt-oss": lambda: transformers.GptOssConfig(
         **_LLAMA, head_dim=8, sliding_window=8, num_local_experts=4, num_experts_per_tok=2
@@ -89,9 +89,10 @@ def build(name: str, dtype: torch.dtype = torch.float32, vocab_size: int = VOCAB
     torch.manual_seed(len(name) * 7919 + sum(map(ord, name)))
     config = CONFIGS[name]()
     config.vocab_size = vocab_size
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="eager")  # type: ignore[no-untyped-call]  # transformers leaves it untyped
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:
                 parameter.normal_(std=0.25)
-    return model.to(dtype).eval()
+    built: PreTrainedModel = model.to(dtype).eval()
+    return built

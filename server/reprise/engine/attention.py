@@ -68,7 +68,7 @@ _current_step: AttentionStep | None = None
 @contextmanager
 def attention_step(step: AttentionStep) -> Iterator[None]:
     """Make `step` the one that attention calls belong to. Not re-entrant: an engine runs one forward at a time."""
-    global _current_step  # noqa: PLW0603 - the one context; keyword arguments do not reach every model's attention
+    global _current_step  # noqa: PLW0603 # keyword arguments do not reach every model's attention
     assert _current_step is None
     _current_step = step
     try:
@@ -89,7 +89,7 @@ def paged_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     is_causal: bool | None = None,
-    **_: Any,  # noqa: ANN401 - what else a model passes; the gate proves that it does not matter
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """Write the step's keys and values into the cache, then attend over each sequence's tokens.
 
@@ -109,9 +109,7 @@ def paged_attention(
     values.index_copy_(0, step.new_slots, new_values)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     num_heads, num_kv_heads = query.shape[1], key.shape[1]
-    output = torch.empty(
-        (query.shape[2], num_heads, value.shape[3]), dtype=value.dtype, device=value.device
-    )
+    output = torch.empty((query.shape[2], num_heads, value.shape[3]), dtype=value.dtype, device=value.device)
     for index, span in enumerate(step.spans):
         rows = slice(span.query_start, span.query_start + span.num_queries)
         slots, mask = span.slots, None
@@ -146,9 +144,7 @@ def _attend(
 ) -> Tensor:
     """[kv_heads, rows, dim] over [kv_heads, tokens, dim]; `sinks`: [kv_heads, group], rows ordered by group."""
     if softcap is None and sinks is None:
-        return F.scaled_dot_product_attention(
-            query[None], keys[None], values[None], attn_mask=mask, scale=scale
-        )[0]
+        return F.scaled_dot_product_attention(query[None], keys[None], values[None], attn_mask=mask, scale=scale)[0]
     scores = torch.matmul(query, keys.transpose(1, 2)) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap

@@ -92,7 +92,7 @@ class EngineCore:
         """The batch with its logits; after a failure its entries one by one, None for those that fail alone."""
         try:
             return [(batch, self._runner.run(batch))]
-        except Exception as error:  # noqa: BLE001 - whatever a model's code raises must not end the others
+        except Exception as error:  # noqa: BLE001 # whatever a model's code raises must not end the others
             logger.warning("a forward pass over %d sequences failed: %s", len(batch), type(error).__name__)
             if len(batch) == 1:
                 return [(batch, None)]
@@ -104,7 +104,7 @@ class EngineCore:
                 continue
             try:
                 parts.append(([scheduled], self._runner.run([scheduled])))
-            except Exception as error:  # noqa: BLE001 - as above
+            except Exception as error:  # noqa: BLE001 # whatever a model's code raises must not end the others
                 logger.error("sequence %d fails alone: %s", scheduled.sequence.sequence_id, type(error).__name__)
                 tainted.update(scheduled.sequence.block_ids)
                 parts.append(([scheduled], None))

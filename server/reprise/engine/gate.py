@@ -54,7 +54,14 @@ def paged_gate(model: PreTrainedModel) -> GateResult:
         runner = PagedRunner(model, cache, _BLOCK_SIZE)
         actual = _in_steps(runner, prompts)
         reason = _layer_mismatch(config, cache, runner) or _difference(expected, actual, model.dtype)
-    except (UnsupportedAttentionError, TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
+    except (
+        UnsupportedAttentionError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        AttributeError,
+        KeyError,
+    ) as error:
         reason = f"its forward pass cannot run packed ({type(error).__name__}: {_first_line(error)})"
     if reason:
         model.set_attn_implementation("eager")
@@ -94,9 +101,7 @@ def _expected_windows(config: PreTrainedConfig) -> list[int | None] | None:
 def _layer_mismatch(config: PreTrainedConfig, cache: KVCache, runner: PagedRunner) -> str:
     calls = runner.last_calls
     if len(calls) != config.num_hidden_layers or set(calls.values()) != {1}:
-        return (
-            f"its attention came to us {sum(calls.values())} times in a forward of {config.num_hidden_layers} layers"
-        )
+        return f"its attention came to us {sum(calls.values())} times in a forward of {config.num_hidden_layers} layers"
     expected = _expected_windows(config)
     windows = [shape.sliding_window for shape in cache.shapes.values()]
     # A window longer than the gate's prompts would not show in the logits.
@@ -112,9 +117,7 @@ def _prompts(config: PreTrainedConfig) -> list[list[int]]:
     limit = getattr(config, "max_position_embeddings", None) or length
     vocab = config.vocab_size
     generator = torch.Generator().manual_seed(0)
-    return [
-        torch.randint(0, vocab, (max(3, min(n, limit)),), generator=generator).tolist() for n in (length, 9)
-    ]
+    return [torch.randint(0, vocab, (max(3, min(n, limit)),), generator=generator).tolist() for n in (length, 9)]
 
 
 @torch.inference_mode()
@@ -139,8 +142,7 @@ def _in_steps(runner: ModelRunner, prompts: list[list[int]], *, chunked: bool = 
     cuts = [[0, *([len(p) // 2] if chunked else []), len(p) - 2, len(p) - 1, len(p)] for p in prompts]
     for step in range(len(cuts[0]) - 1):
         batch = [
-            ScheduledSequence(s, cut[step], cut[step + 1] - cut[step])
-            for s, cut in zip(sequences, cuts, strict=True)
+            ScheduledSequence(s, cut[step], cut[step + 1] - cut[step]) for s, cut in zip(sequences, cuts, strict=True)
         ]
         logits = runner.run(batch).float()
         offset = 0

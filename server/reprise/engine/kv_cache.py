@@ -32,9 +32,7 @@ class KVCache:
     Each layer has keys [num_slots, num_key_value_heads, key_dim] and values [.., value_dim].
     """
 
-    def __init__(
-        self, num_slots: int, device: torch.device, shapes: dict[nn.Module, LayerShape] | None = None
-    ) -> None:
+    def __init__(self, num_slots: int, device: torch.device, shapes: dict[nn.Module, LayerShape] | None = None) -> None:
         self.num_slots = num_slots
         self.device = device
         self.shapes: dict[nn.Module, LayerShape] = {}
@@ -46,9 +44,7 @@ class KVCache:
     def bytes_per_token(self) -> int:
         return sum(shape.bytes_per_token for shape in self.shapes.values())
 
-    def layer(
-        self, module: nn.Module, key: Tensor, value: Tensor, sliding_window: int | None
-    ) -> tuple[Tensor, Tensor]:
+    def layer(self, module: nn.Module, key: Tensor, value: Tensor, sliding_window: int | None) -> tuple[Tensor, Tensor]:
         """The keys and values of a layer, by the attention module that owns it. `key`: [T, heads, dim]."""
         if module not in self._layers:
             shape = LayerShape(key.shape[1], key.shape[2], value.shape[2], key.dtype, sliding_window)

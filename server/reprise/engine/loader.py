@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from reprise.engine.gate import GateResult, padding_gate, paged_gate
 from reprise.engine.kv_cache import KVCache
+from reprise.engine.load_progress import loading_weights
 from reprise.engine.model_runner import ModelRunner, PagedRunner
 from reprise.engine.padded_runner import PaddedRunner
 from reprise.engine.scheduler import SchedulingLimits
@@ -52,7 +53,8 @@ def load(config: EngineConfig, progress: Progress) -> LoadedModel:
     model_config = load_config(config)
     dtype = choose_dtype(config.dtype, model_config, device)
     progress("loading weights", 0.1)
-    model = load_weights(config, dtype, device)
+    with loading_weights(lambda share: progress("loading weights", 0.1 + 0.6 * share)):
+        model = load_weights(config, dtype, device)
     progress("checking weights", 0.7)
     fingerprint = verify_weights(model)
     max_model_len = choose_max_model_len(config, model_config)
@@ -63,7 +65,7 @@ def load(config: EngineConfig, progress: Progress) -> LoadedModel:
     num_kv_tokens = size_kv_pool(config, model, tier, max_model_len, device)
     num_blocks = num_kv_tokens // config.block_size
     max_sequence_tokens = min(max_model_len, num_blocks * config.block_size)
-    limits = scheduling_limits(config, tier.passed, max_sequence_tokens)
+    limits = scheduling_limits(config, max_sequence_tokens, paged=tier.passed)
     runner: ModelRunner
     if tier.passed:
         cache = KVCache(num_blocks * config.block_size, device, tier.shapes)
@@ -99,7 +101,7 @@ def choose_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ModelLoadError(
-            "device 'cuda' was asked for, but torch sees no CUDA GPU: use --device cpu, or install a CUDA build of torch"
+            "device 'cuda' was asked for, but torch sees no CUDA GPU: use --device cpu, or install a CUDA torch"
         )
     return torch.device(device)
 
@@ -136,7 +138,7 @@ def load_config(config: EngineConfig) -> PreTrainedConfig:
 
 
 def load_weights(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """safetensors alone, no remote code; missing, unexpected and misshapen tensors are refused by name."""
+    """Safetensors alone, no remote code; missing, unexpected and misshapen tensors are refused by name."""
     try:
         result: Any = AutoModelForCausalLM.from_pretrained(
             config.model,
@@ -146,6 +148,8 @@ def load_weights(config: EngineConfig, dtype: torch.dtype, device: torch.device)
             dtype=dtype,
             attn_implementation="eager",
             output_loading_info=True,
+            # Refused below, where the tensors have names; transformers would only print them.
+            ignore_mismatched_sizes=True,
         )
     except Exception as error:
         raise ModelLoadError(f"the weights of '{config.model}' cannot be loaded: {error}") from error
@@ -209,7 +213,7 @@ def freeze_rope(model: nn.Module, max_model_len: int) -> None:
             with torch.inference_mode(mode=False), torch.no_grad():
                 module(*arguments, *([layer_type] if layer_type is not None else []))
             if layer_type is None:
-                setattr(module, "rope_type", "frozen")  # noqa: B010 - a plain attribute of a module class we do not know
+                setattr(module, "rope_type", "frozen")  # noqa: B010 # of a class that we do not know
             else:
                 kinds[layer_type] = "frozen"
 
@@ -270,7 +274,7 @@ def available_memory() -> int:
     return free
 
 
-def scheduling_limits(config: EngineConfig, paged: bool, max_sequence_tokens: int) -> SchedulingLimits:
+def scheduling_limits(config: EngineConfig, max_sequence_tokens: int, *, paged: bool) -> SchedulingLimits:
     if paged:
         budget = max(config.max_num_batched_tokens, config.max_num_seqs)
         return SchedulingLimits(config.max_num_seqs, budget, prefix_cache=config.prefix_cache)

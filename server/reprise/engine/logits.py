@@ -21,9 +21,7 @@ def repetition_penalty(scores: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
     return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
-def presence_and_frequency_penalty(
-    scores: Tensor, counts: Tensor, presence: Tensor, frequency: Tensor
-) -> Tensor:
+def presence_and_frequency_penalty(scores: Tensor, counts: Tensor, presence: Tensor, frequency: Tensor) -> Tensor:
     """Subtract `presence` once and `frequency` for each occurrence; `counts` [B, vocab] of generated tokens."""
     return scores - frequency[:, None] * counts - presence[:, None] * (counts > 0)
 

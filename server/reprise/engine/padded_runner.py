@@ -43,7 +43,8 @@ class Cohort:
 
 class PaddedRunner:
     """`padding_is_inert`: whether the gate found that left padding leaves a row's logits alone; if not, only
-    prompts of one length share a cohort."""
+    prompts of one length share a cohort.
+    """
 
     def __init__(self, model: PreTrainedModel, *, max_padded_tokens: int, padding_is_inert: bool = True) -> None:
         self._model = model
@@ -111,7 +112,9 @@ class PaddedRunner:
             if groups:
                 longest, group = groups[-1][0], groups[-1]
                 fits = longest.end * (len(group) + 1) <= self._max_padded_tokens
-                alike = longest.end <= 2 * scheduled.end + 32 if self._padding_is_inert else longest.end == scheduled.end
+                alike = (
+                    longest.end <= 2 * scheduled.end + 32 if self._padding_is_inert else longest.end == scheduled.end
+                )
                 if fits and alike and longest.sequence.sampling.use_cache == scheduled.sequence.sampling.use_cache:
                     group.append(scheduled)
                     continue
@@ -123,25 +126,18 @@ class PaddedRunner:
         input_ids = torch.zeros((len(group), longest), dtype=torch.int64)
         attention_mask = torch.zeros((len(group), longest), dtype=torch.int64)
         for row, scheduled in enumerate(group):
-            input_ids[row, longest - scheduled.end :] = torch.tensor(
-                scheduled.sequence.token_ids[: scheduled.end]
-            )
+            input_ids[row, longest - scheduled.end :] = torch.tensor(scheduled.sequence.token_ids[: scheduled.end])
             attention_mask[row, longest - scheduled.end :] = 1
         attention_mask = attention_mask.to(self._device)
         use_cache = group[0].sequence.sampling.use_cache
-        output = self._forward(
-            input_ids.to(self._device), attention_mask, {}, first=True, use_cache=use_cache
-        )
+        output = self._forward(input_ids.to(self._device), attention_mask, {}, first=True, use_cache=use_cache)
         if use_cache:
             name = next((n for n in CACHE_NAMES if output.get(n) is not None), None)
             if name is not None:
                 sequences = [s.sequence for s in group]
                 lengths = [s.end for s in group]
                 self._cohorts.append(Cohort(sequences, lengths, attention_mask, output[name], name))
-        return {
-            s.sequence.sequence_id: output.logits[row, longest - s.num_logit_rows :]
-            for row, s in enumerate(group)
-        }
+        return {s.sequence.sequence_id: output.logits[row, longest - s.num_logit_rows :] for row, s in enumerate(group)}
 
     def _forward(
         self,
@@ -151,11 +147,11 @@ class PaddedRunner:
         *,
         first: bool,
         use_cache: bool = True,
-    ) -> Any:  # noqa: ANN401 - each architecture has an output class of its own
+    ) -> Any:
         arguments: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": use_cache, **cache}
         if self._takes_positions:
             positions = attention_mask.cumsum(-1) - 1
             arguments["position_ids"] = positions.clamp(min=0)[:, -input_ids.shape[1] :]
-        prepare: Callable[..., dict[str, Any]] = getattr(self._model, "prepare_inputs_for_generation")  # noqa: B009 - a mixin's method, unknown to the base class's type
+        prepare: Callable[..., dict[str, Any]] = getattr(self._model, "prepare_inputs_for_generation")  # noqa: B009 # a mixin gives it
         inputs = prepare(input_ids, is_first_iteration=first, **arguments)
         return self._model(**inputs)

@@ -3,8 +3,11 @@
 No CUDA context and no threads may come of it: the fork server's children are forks of this.
 """
 
-import transformers.models.auto.modeling_auto
-import transformers.models.llama.modeling_llama  # noqa: F401
+import importlib
 
-import reprise.engine.core
-import reprise.engine.loader  # noqa: F401
+for module in (
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama",
+    "reprise.engine.process",
+):
+    importlib.import_module(module)

@@ -7,11 +7,12 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
 
+import transformers
+
+from reprise.engine.block_pool import BlockPool
 from reprise.engine.core import EngineCore
 from reprise.engine.loader import LoadedModel, load
-from reprise.engine.block_pool import BlockPool
 from reprise.engine.sampler import Sampler
 from reprise.engine.scheduler import Scheduler
 from reprise.errors import ModelLoadError
@@ -37,6 +38,8 @@ def run_engine(sock: socket.socket) -> None:
     # A terminal sends Ctrl-C to the whole group; the API process decides when this one ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # What transformers would print is either an error that we raise by name, or advice that nobody can follow here.
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
     connection: BlockingConnection[ToEngine] = BlockingConnection(sock, ToEngine)
     try:
         first: list[ToEngine] = []
@@ -60,7 +63,10 @@ def build_core(loaded: LoadedModel, token_bytes: list[bytes] | None) -> EngineCo
 def _load(message: ToEngine, connection: BlockingConnection[ToEngine]) -> EngineCore | None:
     if not isinstance(message, Start):
         raise ProtocolError("the first message must be Start")
-    progress: Callable[[str, float], None] = lambda stage, share: connection.send(LoadProgress(stage, share))  # noqa: E731
+
+    def progress(stage: str, fraction: float) -> None:
+        connection.send(LoadProgress(stage, fraction))
+
     try:
         loaded = load(message.config, progress)
     except ModelLoadError as error:

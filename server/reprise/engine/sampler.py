@@ -119,9 +119,7 @@ class Sampler:
         token_ids = self._draw(sequences, scores)
         broken = (torch.isnan(raw) | (raw == float("inf"))).any(dim=-1)
         barred = scores.max(dim=-1).values == processors.REMOVED
-        logprobs = row_logprobs(
-            raw, token_ids, [sequence.sampling.num_logprobs for sequence in sequences]
-        )
+        logprobs = row_logprobs(raw, token_ids, [sequence.sampling.num_logprobs for sequence in sequences])
         sampled = []
         for row, (is_broken, is_barred, token_id) in enumerate(
             zip(broken.tolist(), barred.tolist(), token_ids.tolist(), strict=True)
@@ -185,8 +183,7 @@ class Sampler:
         rows = [row for row, sequence in enumerate(sequences) if sequence.sampling.temperature > 0]
         if rows:
             keys = [
-                draw_key(s.sampling.seed, s.choice_index, s.num_output_tokens)
-                for s in (sequences[row] for row in rows)
+                draw_key(s.sampling.seed, s.choice_index, s.num_output_tokens) for s in (sequences[row] for row in rows)
             ]
             index = torch.tensor(rows, device=scores.device)
             noise = gumbel(torch.tensor(keys, device=scores.device), scores.shape[-1])
@@ -194,9 +191,7 @@ class Sampler:
         return token_ids
 
 
-_Warper = tuple[
-    Callable[[SamplingParams], float], Callable[[SamplingParams], bool], Callable[[Tensor, Tensor], Tensor]
-]
+_Warper = tuple[Callable[[SamplingParams], float], Callable[[SamplingParams], bool], Callable[[Tensor, Tensor], Tensor]]
 _WARPERS: tuple[_Warper, ...] = (
     (lambda p: p.temperature, lambda p: p.temperature != 1.0, processors.temperature),
     (lambda p: p.top_k, lambda p: p.top_k > 0, processors.top_k),

@@ -74,9 +74,7 @@ class OutputProcessor:
             self._num_cached_tokens = output.num_cached_tokens
         delta = ChoiceDelta(index=self._index, num_cached_tokens=self._num_cached_tokens)
         if output.prompt_logprobs is not None and not self._prompt_told:
-            delta.prompt_logprobs = [
-                None if entry is None else self._entry(entry) for entry in output.prompt_logprobs
-            ]
+            delta.prompt_logprobs = [None if entry is None else self._entry(entry) for entry in output.prompt_logprobs]
             self._prompt_told = True
         pieces = self._take_tokens(output, delta)
         if output.finish_reason is not None and self._matcher.matched is None:
@@ -112,9 +110,7 @@ class OutputProcessor:
             pieces.append(self._decoded(self._detokenizer.feed(token_id)))
             if output.logprobs is not None and self._wants_logprobs:
                 end = self._num_decoded + self._detokenizer.has_pending
-                self._held_entries.append(
-                    _HeldEntry(self._entry(output.logprobs[n], generated=True), start, end)
-                )
+                self._held_entries.append(_HeldEntry(self._entry(output.logprobs[n], generated=True), start, end))
             if self._matcher.matched is not None:
                 break
         return pieces

@@ -23,7 +23,7 @@ class ProtocolError(Exception):
     """The peer sent something that is no frame or no message; the channel cannot be trusted any more."""
 
 
-class ConnectionClosed(Exception):  # noqa: N818 - an event, not a fault
+class ConnectionClosed(Exception):  # noqa: N818 # an event, not a fault
     """The peer is gone."""
 
 
@@ -76,7 +76,7 @@ class BlockingConnection(Generic[T]):
 
     def __init__(self, sock: socket.socket, receives: object) -> None:
         self._socket = sock
-        self._socket.setblocking(True)
+        self._socket.settimeout(None)
         self._codec: MessageCodec[T] = MessageCodec(receives)
         self._frames = FrameDecoder()
         self._poll = select.poll()
