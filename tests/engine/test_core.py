@@ -147,3 +147,28 @@ def test_statistics_count_what_happened(core: EngineCore) -> None:
     assert stats.num_cached_tokens == 12
     assert (stats.num_running, stats.num_waiting, stats.num_kv_tokens_used) == (0, 0, 0)
     assert EOS_TOKEN_ID < VOCAB_SIZE
+
+
+def test_a_sequence_that_shares_a_failed_ones_blocks_starts_anew(model_directory: ModelDirectory) -> None:
+    """The first of two equal prompts fails half way: the second must not read what it never computed."""
+    clean = run(build_core(load_from(model_directory("llama")), None), [(PROMPT, greedy(8))])[0]
+    loaded = load_from(model_directory("llama"))
+
+    class FailsFirst(FailingRunner):
+        def run(self, batch: Batch) -> Tensor:
+            if any(s.sequence.sequence_id == 1 for s in batch):
+                raise RuntimeError("poison")
+            return self._runner.run(batch)
+
+    loaded.runner = FailsFirst(loaded.runner, 0, with_nan=False)
+    bad, good = run(build_core(loaded, None), [(PROMPT, greedy(8)), (PROMPT, greedy(8))])
+    assert bad.error_code == "forward_error"
+    assert good.token_ids == clean.token_ids
+
+
+def test_a_failing_sampler_is_a_failed_sequence_too(model_directory: ModelDirectory) -> None:
+    core = build_core(load_from(model_directory("llama")), None)
+    out_of_vocabulary = greedy(8, logit_bias={VOCAB_SIZE + 5: 1.0})
+    good, bad = run(core, [(PROMPT[:7], greedy(8)), (PROMPT, out_of_vocabulary)])
+    assert bad.error_code == "forward_error"
+    assert good.finish_reason in {FinishReason.STOP, FinishReason.LENGTH}

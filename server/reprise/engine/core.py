@@ -60,12 +60,20 @@ class EngineCore:
         """Compute one batch. Every sequence that a failure touches ends in an error; the others go on."""
         batch = self._scheduler.schedule()
         self._num_steps += 1
-        outputs: list[SequenceOutput] = []
-        for part, logits in self._run(batch):
-            if logits is None:
-                outputs += [self._fail(part[0].sequence, "forward_error")]
-            else:
-                outputs += self._apply(part, logits)
+        drawn = self._evaluate(batch)
+        outputs = []
+        for scheduled in batch:
+            sequence = scheduled.sequence
+            if sequence.sequence_id not in drawn:
+                self._scheduler.restart(sequence)
+                continue
+            completes_pass = scheduled.completes_pass
+            self._scheduler.advance(scheduled)
+            sampled = drawn[sequence.sequence_id]
+            if sampled is not None and sampled.error_code is not None:
+                outputs.append(self._fail(sequence, sampled.error_code))
+            elif completes_pass:
+                outputs.append(self._append(sequence, sampled))
         return outputs
 
     def stats(self, step_seconds: float = 0.0) -> EngineStats:
@@ -88,31 +96,35 @@ class EngineCore:
         self._scheduler.check()
         assert len(self._sequences) == self._scheduler.num_running + self._scheduler.num_waiting
 
-    def _run(self, batch: Batch) -> list[tuple[Batch, Tensor | None]]:
-        """The batch with its logits; after a failure its entries one by one, None for those that fail alone."""
+    def _evaluate(self, batch: Batch) -> dict[int, Sampled | None]:
+        """What the model draws for each sequence id, None where nothing was to be drawn.
+
+        After a failure the entries are computed one by one. One that fails alone gets an error; one that shares
+        blocks with a failed one is left out, since what it would read is not to be trusted.
+        """
         try:
-            return [(batch, self._runner.run(batch))]
+            return self._run(batch)
         except Exception as error:  # noqa: BLE001 # whatever a model's code raises must not end the others
-            logger.warning("a forward pass over %d sequences failed: %s", len(batch), type(error).__name__)
-            if len(batch) == 1:
-                return [(batch, None)]
-        parts: list[tuple[Batch, Tensor | None]] = []
+            logger.warning("a step over %d sequences failed: %s", len(batch), type(error).__name__)
+        drawn: dict[int, Sampled | None] = {}
         tainted: set[int] = set()
         for scheduled in batch:
-            if tainted.intersection(scheduled.sequence.block_ids):
-                self._scheduler.restart(scheduled.sequence)
+            sequence = scheduled.sequence
+            if tainted.intersection(sequence.block_ids):
                 continue
             try:
-                parts.append(([scheduled], self._runner.run([scheduled])))
-            except Exception as error:  # noqa: BLE001 # whatever a model's code raises must not end the others
-                logger.error("sequence %d fails alone: %s", scheduled.sequence.sequence_id, type(error).__name__)
-                tainted.update(scheduled.sequence.block_ids)
-                parts.append(([scheduled], None))
-        return parts
+                drawn |= self._run([scheduled])
+            except Exception as error:  # noqa: BLE001 # as above
+                logger.error("sequence %d fails alone: %s", sequence.sequence_id, type(error).__name__)
+                tainted.update(sequence.block_ids)
+                drawn[sequence.sequence_id] = Sampled(error_code="forward_error")
+        return drawn
 
-    def _apply(self, batch: Batch, logits: Tensor) -> list[SequenceOutput]:
+    def _run(self, batch: Batch) -> dict[int, Sampled | None]:
+        """Forward, prompt scores and draws. Changes no sequence but for its prompt's log-probabilities."""
+        logits = self._runner.run(batch)
+        sequences: list[Sequence] = []
         last_rows: list[int] = []
-        sampling: list[ScheduledSequence] = []
         offset = 0
         for scheduled in batch:
             rows = logits[offset : offset + scheduled.num_logit_rows]
@@ -120,28 +132,20 @@ class EngineCore:
             if scheduled.sequence.scores_prompt:
                 _score_prompt(scheduled, rows)
             if scheduled.completes_pass and scheduled.sequence.sampling.max_tokens > 0:
-                sampling.append(scheduled)
+                sequences.append(scheduled.sequence)
                 last_rows.append(offset - 1)
-        drawn: dict[int, Sampled] = {}
-        if sampling:
-            sequences = [scheduled.sequence for scheduled in sampling]
+        drawn: dict[int, Sampled | None] = {s.sequence.sequence_id: None for s in batch}
+        if sequences:
             sampled = self._sampler.sample(sequences, logits[torch.tensor(last_rows, device=logits.device)])
-            drawn = {s.sequence_id: result for s, result in zip(sequences, sampled, strict=True)}
-        outputs = []
-        for scheduled in batch:
-            completes_pass = scheduled.completes_pass
-            self._scheduler.advance(scheduled)
-            if completes_pass:
-                outputs.append(self._append(scheduled.sequence, drawn.get(scheduled.sequence.sequence_id)))
-        return outputs
+            drawn |= {s.sequence_id: result for s, result in zip(sequences, sampled, strict=True)}
+        return drawn
 
     def _append(self, sequence: Sequence, sampled: Sampled | None) -> SequenceOutput:
         """Take the new token (None: the prompt alone was to be scored) and decide whether it is the last."""
         if sampled is None:
             return self._finish(sequence, FinishReason.LENGTH)
-        if sampled.token_id is None:
-            return self._fail(sequence, sampled.error_code or "numerical_error")
         token_id = sampled.token_id
+        assert token_id is not None
         sequence.token_ids.append(token_id)
         self._num_generated_tokens += 1
         params = sequence.sampling

@@ -85,7 +85,7 @@ class _Constraints:
         if self._bad_words is not None:
             automaton, table = self._bad_words
             forbidden = torch.from_numpy(automaton.forbidden(self._bad_word_state, table))
-            row[: len(forbidden)].masked_fill_(forbidden.to(self._device), processors.REMOVED)
+            row.masked_fill_(forbidden[: row.shape[0]].to(self._device), processors.REMOVED)
 
 
 def _needs_constraints(sampling: SamplingParams, num_output_tokens: int) -> bool:
@@ -171,7 +171,7 @@ class Sampler:
         if constraints is None:
             if sequence.sampling.bad_words and self._table is None:
                 assert self._token_bytes is not None
-                self._table = TokenTable(self._token_bytes)
+                self._table = TokenTable(self._token_bytes, raw.shape[-1])
             constraints = _Constraints(sequence, raw.shape[-1], self._table, raw.device)
             self._constraints[sequence.sequence_id] = constraints
         constraints.catch_up()

@@ -62,6 +62,28 @@ class SchedulingLimits:
             raise ValueError("max_num_batched_tokens must be at least max_num_seqs, or decoding would starve")
 
 
+class _Plan:
+    """The batch while it is being made, and the token budget that is left."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self._scheduled: dict[int, ScheduledSequence] = {}
+
+    @property
+    def batch(self) -> Batch:
+        return list(self._scheduled.values())
+
+    def add(self, scheduled: ScheduledSequence) -> None:
+        self._scheduled[scheduled.sequence.sequence_id] = scheduled
+        self.budget -= scheduled.num_tokens
+
+    def remove(self, sequence: Sequence) -> ScheduledSequence | None:
+        scheduled = self._scheduled.pop(sequence.sequence_id, None)
+        if scheduled is not None:
+            self.budget += scheduled.num_tokens
+        return scheduled
+
+
 class Scheduler:
     """Sequences waiting and running over one block pool."""
 
@@ -97,23 +119,23 @@ class Scheduler:
 
     def schedule(self) -> Batch:
         """The next step's work. Empty only where there is nothing to do."""
-        batch: dict[int, ScheduledSequence] = {}
+        plan = _Plan(self._limits.max_num_batched_tokens)
         by_turn = sorted(self._running, key=lambda s: s.turn)
         passes = deque(s for s in by_turn if s.num_uncomputed_tokens > 1)
         for sequence in by_turn:
             if sequence.num_uncomputed_tokens == 1:
-                self._continue(sequence, batch)
+                self._continue(sequence, plan)
         admitting = True
         while admitting or passes:
             candidate = self._next_waiting() if admitting else None
             if candidate is not None and not (passes and passes[0].turn < candidate.turn):
-                admitting = self._admit(candidate, batch)
+                admitting = self._admit(candidate, plan)
             elif passes:
-                if not self._continue(passes.popleft(), batch):
+                if not self._continue(passes.popleft(), plan):
                     break
             else:
                 break
-        return list(batch.values())
+        return plan.batch
 
     def advance(self, scheduled: ScheduledSequence) -> None:
         """The step has computed this. Called before the new token, if any, is appended."""
@@ -159,29 +181,28 @@ class Scheduler:
             return self._preempted[0]
         return next(iter(self._waiting.values()), None)
 
-    def _chunk(self, num_tokens: int, batch: dict[int, ScheduledSequence]) -> int:
+    def _chunk(self, num_tokens: int, plan: _Plan) -> int:
         """How much of a pass of `num_tokens` fits what is left of the budget; 0 where it has to wait."""
-        budget = self._limits.max_num_batched_tokens - sum(s.num_tokens for s in batch.values())
-        if num_tokens <= budget:
+        if num_tokens <= plan.budget:
             return num_tokens
-        return budget if self._limits.chunked else 0
+        return plan.budget if self._limits.chunked else 0
 
-    def _continue(self, sequence: Sequence, batch: dict[int, ScheduledSequence]) -> bool:
+    def _continue(self, sequence: Sequence, plan: _Plan) -> bool:
         """Schedule more of a running sequence. False: the budget is spent."""
         if sequence.status is not SequenceStatus.RUNNING:
             return True
-        num_tokens = self._chunk(sequence.num_uncomputed_tokens, batch)
+        num_tokens = self._chunk(sequence.num_uncomputed_tokens, plan)
         if num_tokens == 0:
             return False
-        if self._make_room(sequence, sequence.num_computed_tokens + num_tokens, batch):
-            self._schedule(sequence, num_tokens, batch)
+        if self._make_room(sequence, sequence.num_computed_tokens + num_tokens, plan):
+            self._schedule(sequence, num_tokens, plan)
         return True
 
-    def _make_room(self, sequence: Sequence, num_tokens: int, batch: dict[int, ScheduledSequence]) -> bool:
+    def _make_room(self, sequence: Sequence, num_tokens: int, plan: _Plan) -> bool:
         """Have blocks for `num_tokens`, preempting from the youngest. False: it had to give up its own."""
         while not self._grow(sequence, num_tokens):
             victim = self._running[-1]
-            unscheduled = batch.pop(victim.sequence_id, None)
+            unscheduled = plan.remove(victim)
             if unscheduled is not None:
                 self._pool.forget(victim.block_ids[unscheduled.start // self._pool.block_size :])
             self._preempt(victim)
@@ -197,7 +218,7 @@ class Scheduler:
             sequence.block_ids += self._pool.allocate(missing)
         return True
 
-    def _admit(self, sequence: Sequence, batch: dict[int, ScheduledSequence]) -> bool:
+    def _admit(self, sequence: Sequence, plan: _Plan) -> bool:
         """Let a waiting sequence run, with whatever prefix of it is cached. False: there is no room for it."""
         if len(self._running) >= self._limits.max_num_seqs:
             return False
@@ -206,7 +227,7 @@ class Scheduler:
             self._pool.share(block)
         num_cached = len(prefix) * self._pool.block_size
         missing = self._pool.num_blocks_for(sequence.num_tokens) - len(prefix)
-        num_tokens = self._chunk(sequence.num_tokens - num_cached, batch)
+        num_tokens = self._chunk(sequence.num_tokens - num_cached, plan)
         if missing > self._pool.num_free or num_tokens == 0:
             self._pool.release(reversed(prefix))
             return False
@@ -218,7 +239,7 @@ class Scheduler:
             self._preempted.remove(sequence)
         sequence.status = SequenceStatus.RUNNING
         bisect.insort(self._running, sequence, key=lambda s: s.arrival)
-        self._schedule(sequence, num_tokens, batch)
+        self._schedule(sequence, num_tokens, plan)
         return True
 
     def _cached_prefix(self, sequence: Sequence) -> list[int]:
@@ -233,11 +254,11 @@ class Scheduler:
             blocks.append(block)
         return blocks
 
-    def _schedule(self, sequence: Sequence, num_tokens: int, batch: dict[int, ScheduledSequence]) -> None:
+    def _schedule(self, sequence: Sequence, num_tokens: int, plan: _Plan) -> None:
         scheduled = ScheduledSequence(sequence, sequence.num_computed_tokens, num_tokens)
         grown = self._grow(sequence, scheduled.end)
         assert grown
-        batch[sequence.sequence_id] = scheduled
+        plan.add(scheduled)
         if self._limits.prefix_cache and sequence.uses_prefix_cache:
             # Findable at once: a step writes all keys and values of a layer before it reads any, so sequences
             # of the same step (the choices of one request) share the prompt that one of them computes.

@@ -306,6 +306,9 @@ def _spawn(sock: socket.socket) -> ForkServerProcess:
     """A child of the fork server with one end of the socket pair. Blocks while the fork server imports."""
     from reprise.generation.engine_entry import run
 
+    # Read when OpenMP loads, in the fork server: threads that wait by spinning starve the event loop, and each
+    # other, on a machine whose cores are all in use.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _context.set_forkserver_preload(["reprise.engine.preload"])
     process = _context.Process(target=run, args=(sock, os.getpid()), name="reprise-engine", daemon=True)
     process.start()
