@@ -31,7 +31,9 @@ def byte_level() -> Backend:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(
+        show_progress=False, vocab_size=420, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet
+    )
     backend.train_from_iterator(CORPUS, trainer)
     return backend
 
@@ -46,7 +48,7 @@ def sentence_piece_bpe() -> Backend:
     trained = Backend(models.BPE(unk_token="<unk>"))
     trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
     trained.train_from_iterator(
-        CORPUS[:2], trainers.BpeTrainer(vocab_size=200, special_tokens=SPECIAL_TOKENS)
+        CORPUS[:2], trainers.BpeTrainer(show_progress=False, vocab_size=200, special_tokens=SPECIAL_TOKENS)
     )
     description = json.loads(trained.to_str())
     pieces = [*SPECIAL_TOKENS, *(f"<0x{byte:02X}>" for byte in range(256)), *description["model"]["vocab"]]
@@ -63,7 +65,9 @@ def unigram() -> Backend:
     backend = Backend(models.Unigram())
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=150, special_tokens=SPECIAL_TOKENS, unk_token="<unk>")
+    trainer = trainers.UnigramTrainer(
+        show_progress=False, vocab_size=150, special_tokens=SPECIAL_TOKENS, unk_token="<unk>"
+    )
     backend.train_from_iterator(CORPUS, trainer)
     return backend
 
@@ -84,7 +88,9 @@ def word_suffix() -> Backend:
     backend = Backend(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.decoder = decoders.BPEDecoder(suffix="</w>")
-    trainer = trainers.BpeTrainer(vocab_size=250, special_tokens=SPECIAL_TOKENS, end_of_word_suffix="</w>")
+    trainer = trainers.BpeTrainer(
+        show_progress=False, vocab_size=250, special_tokens=SPECIAL_TOKENS, end_of_word_suffix="</w>"
+    )
     backend.train_from_iterator(CORPUS, trainer)
     return backend
 
@@ -95,7 +101,7 @@ def word_piece() -> Backend:
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece(cleanup=True)
     backend.train_from_iterator(
-        CORPUS, trainers.WordPieceTrainer(vocab_size=300, special_tokens=SPECIAL_TOKENS)
+        CORPUS, trainers.WordPieceTrainer(show_progress=False, vocab_size=300, special_tokens=SPECIAL_TOKENS)
     )
     return backend
 
