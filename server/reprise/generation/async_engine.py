@@ -15,6 +15,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 
 from reprise.errors import GenerationError, ModelLoadError, UnavailableError
@@ -221,10 +222,11 @@ class AsyncEngine:
                 await asyncio.sleep(RESTART_DELAYS[min(recent - 1, len(RESTART_DELAYS) - 1)])
         except ModelLoadError as error:
             self.state = EngineState.FAILED
-            logger.error("the engine is lost: %s", error)
             self._fail_all(UnavailableError("the engine is lost and could not be restarted"))
             if self._loaded is not None and not self._loaded.done():
                 self._loaded.set_exception(error)
+            else:
+                logger.error("the engine is lost: %s", error)
 
     async def _live(self) -> None:
         """One life of the engine process: from its start to its end of file. Raises ModelLoadError."""
@@ -302,14 +304,20 @@ class AsyncEngine:
             choice.stream.fail(error)
 
 
-def _spawn(sock: socket.socket) -> ForkServerProcess:
-    """A child of the fork server with one end of the socket pair. Blocks while the fork server imports."""
-    from reprise.generation.engine_entry import run
-
+def start_fork_server() -> None:
+    """Start the fork server unless it runs. Returns at once: it imports in its own time."""
     # Read when OpenMP loads, in the fork server: threads that wait by spinning starve the event loop, and each
     # other, on a machine whose cores are all in use.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _context.set_forkserver_preload(["reprise.engine.preload"])
+    forkserver.ensure_running()
+
+
+def _spawn(sock: socket.socket) -> ForkServerProcess:
+    """A child of the fork server with one end of the socket pair. Blocks while the fork server imports."""
+    from reprise.generation.engine_entry import run
+
+    start_fork_server()
     process = _context.Process(target=run, args=(sock, os.getpid()), name="reprise-engine", daemon=True)
     process.start()
     return process

@@ -1,0 +1,140 @@
+"""The command `reprise`. Nothing here or imported at its top may import torch, transformers or fastapi."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from reprise import __version__
+from reprise.config import ResolvedSettings, resolve_settings
+from reprise.errors import ConfigError
+from reprise.exit_code import ExitCode
+from reprise.settings import Settings, environment_name, kind
+
+
+class SettingOption(click.Option):
+    """The flag of one setting. Values stay text: the settings judge them, all at once."""
+
+    def __init__(self, name: str) -> None:
+        field = Settings.model_fields[name]
+        dashed = name.replace("_", "-")
+        is_switch = field.annotation is bool
+        default = field.get_default(call_default_factory=True)
+        notes = [f"env: {environment_name(name)}"]
+        if default is not None and default != []:
+            notes.append(f"default: {_spelt(default)}")
+        super().__init__(
+            [f"--{dashed}/--no-{dashed}" if is_switch else f"--{dashed}", name],
+            type=bool if is_switch else str,
+            default=None,
+            multiple=isinstance(default, list),
+            metavar=None if is_switch else kind(field).metavar,
+            help=f"{field.description}  [{'; '.join(notes)}]",
+        )
+        extra = field.json_schema_extra
+        self.group = str(extra["group"]) if isinstance(extra, dict) else ""
+
+
+class SettingsCommand(click.Command):
+    """A command that takes every setting, the flags under the settings' own headings in its help."""
+
+    def __init__(self, **attributes: Any) -> None:
+        settings = [SettingOption(name) for name in Settings.model_fields if name != "model"]
+        model = click.Argument(["model"], required=False)
+        config = click.Option(
+            ["--config"],
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            envvar="REPRISE_CONFIG",
+            help="YAML file of settings, named as the flags with _ for -.  [env: REPRISE_CONFIG]",
+        )
+        super().__init__(params=[model, config, *settings, *attributes.pop("params", [])], **attributes)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            if error.option_name == "--model":
+                raise click.UsageError(
+                    "The model is no option but the argument: reprise serve MODEL", ctx
+                ) from None
+            raise
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
+            if record is not None:
+                group = param.group if isinstance(param, SettingOption) else "General"
+                groups.setdefault(group, []).append(record)
+        for group, records in groups.items():
+            with formatter.section(group):
+                formatter.write_dl(records, col_max=36)
+
+
+def _spelt(value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, int) and value % 1024**2 == 0 and value:
+        return f"{value // 1024**2}MiB"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _resolve(config: Path | None, flags: dict[str, Any]) -> ResolvedSettings:
+    given = {name: value for name, value in flags.items() if value is not None and value != ()}
+    return resolve_settings(given, os.environ, config)
+
+
+@click.group(
+    context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
+    epilog="`reprise serve` serves the bundled model; `reprise serve --help` lists every setting.",
+)
+@click.version_option(__version__, prog_name="reprise", message="%(prog)s %(version)s")
+def cli() -> None:
+    """An OpenAI-compatible server for any Hugging Face causal language model, whose answers repeat."""
+
+
+@cli.command(cls=SettingsCommand, name="serve", short_help="Serve a model over HTTP.")
+def serve_command(config: Path | None, **flags: Any) -> None:
+    """Serve MODEL, a directory or a Hugging Face id, over HTTP. Without MODEL: pocket, which comes along.
+
+    A setting is taken from its flag, else from its environment variable, else from the --config file, else it
+    has its default. A list is a flag given several times, or a variable with commas in it.
+
+    Exit codes: 0 ended as asked, 1 engine lost or requests cut off, 2 settings unusable, 3 model not loadable.
+    """
+    settings = _resolve(config, flags).settings
+    from reprise.serve import run
+
+    sys.exit(run(settings))
+
+
+@cli.command(cls=SettingsCommand, name="config", short_help="Show the settings that `serve` would use.")
+def config_command(config: Path | None, **flags: Any) -> None:
+    """Show the settings that `reprise serve` would use with the same arguments, as YAML with their sources.
+
+    Nothing is loaded and nothing is started. Keys are not shown.
+    """
+    resolved = _resolve(config, flags)
+    for name, value in resolved.settings.model_dump(mode="json").items():
+        click.echo(
+            f"{name}: {json.dumps(value, ensure_ascii=False)}  # {resolved.sources.get(name, 'default')}"
+        )
+
+
+def main() -> None:
+    """Entry point of the command."""
+    try:
+        cli()
+    except ConfigError as error:
+        click.echo(f"reprise: {error}", err=True)
+        sys.exit(ExitCode.CONFIG)
+
+
+if __name__ == "__main__":
+    main()

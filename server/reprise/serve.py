@@ -1,0 +1,122 @@
+"""`reprise serve`: put the parts together, load the model beside the HTTP server, end with a reason."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import uvloop
+
+from reprise.api.app import create_app
+from reprise.api.server import bind, serve
+from reprise.errors import ModelLoadError
+from reprise.exit_code import ExitCode
+from reprise.generation.async_engine import AsyncEngine, start_fork_server
+from reprise.generation.interface import Engine, EngineState
+from reprise.logs import logging_to
+from reprise.settings import Settings, startup_warnings
+from reprise.startup import LoadingDisplay, announce
+from reprise.text.tokenizer import Tokenizer
+from reprise.text.torch_free import keep_torch_out
+
+logger = logging.getLogger(__name__)
+
+WATCH_INTERVAL = 0.5
+"""Seconds between two looks at whether the engine is lost."""
+
+
+def run(settings: Settings) -> int:
+    """Serve until a signal, or until there is nothing left to serve with. Returns the exit code.
+
+    Raises ConfigError where the address cannot be listened on: before anything is loaded, and from then on
+    connections wait instead of being refused.
+    """
+    with logging_to(level=settings.log_level, log_format=settings.log_format):
+        for warning in startup_warnings(settings):
+            logger.warning(warning)
+        listeners = bind(settings)
+        try:
+            with LoadingDisplay() as display:
+                display.show_stage("tokenizer")
+                start_fork_server()  # its imports take as long as ours, beside them
+                keep_torch_out()
+                tokenizer = Tokenizer.load(
+                    settings.model_path, revision=settings.revision, chat_template=read_template(settings.chat_template)
+                )
+                return uvloop.run(_serve(settings, listeners, tokenizer, display))
+        except ModelLoadError as error:
+            logger.error("cannot serve %s: %s", settings.model, error)
+            return ExitCode.MODEL
+        except KeyboardInterrupt:
+            return ExitCode.OK
+
+
+def read_template(path: Path | None) -> str | None:
+    """The text of a chat template file. Raises ModelLoadError where it cannot be read."""
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelLoadError(f"the chat template {path} cannot be read: {error}") from error
+
+
+async def _serve(
+    settings: Settings, listeners: list[socket.socket], tokenizer: Tokenizer, display: LoadingDisplay
+) -> int:
+    engine = AsyncEngine(settings.engine_config(), tokenizer, on_progress=display.show)
+    app = create_app(settings, tokenizer, engine)
+
+    def on_ready() -> None:
+        display.close()
+        announce(settings, engine, has_chat_template=tokenizer.has_chat_template)
+
+    return await serve_with_engine(
+        engine,
+        lambda on_started: serve(app, settings, on_started=on_started, listeners=listeners),
+        load_timeout=settings.load_timeout,
+        on_ready=on_ready,
+    )
+
+
+async def serve_with_engine(
+    engine: Engine,
+    serve_http: Callable[[Callable[[], None]], Awaitable[int]],
+    *,
+    load_timeout: float,
+    on_ready: Callable[[], None],
+) -> int:
+    """Run the HTTP server, beside it load the model, then watch the engine.
+
+    Returns the HTTP server's exit code where that ends, ENGINE_LOST where the engine is lost. Raises
+    ModelLoadError where loading fails or takes longer than `load_timeout` seconds.
+    """
+    listening = asyncio.Event()
+    serving = asyncio.ensure_future(serve_http(listening.set))
+    watching = asyncio.create_task(_load_and_watch(engine, load_timeout, listening, on_ready))
+    try:
+        await asyncio.wait({serving, watching}, return_when=asyncio.FIRST_COMPLETED)
+        return serving.result() if serving.done() else watching.result()
+    finally:
+        serving.cancel()
+        watching.cancel()
+        await asyncio.gather(serving, watching, return_exceptions=True)
+        await engine.stop()
+
+
+async def _load_and_watch(
+    engine: Engine, load_timeout: float, listening: asyncio.Event, on_ready: Callable[[], None]
+) -> int:
+    try:
+        async with asyncio.timeout(load_timeout):
+            await engine.start()
+    except TimeoutError:
+        raise ModelLoadError(f"loading took longer than load_timeout, {load_timeout:g} seconds") from None
+    await listening.wait()
+    on_ready()
+    while engine.state is not EngineState.FAILED:  # noqa: ASYNC110 # the state is an attribute, no event
+        await asyncio.sleep(WATCH_INTERVAL)
+    return ExitCode.ENGINE_LOST
