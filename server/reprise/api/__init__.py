@@ -1,0 +1,1 @@
+"""The HTTP side: routes between OpenAI's wire and `generation`, and what surrounds them."""

@@ -1,0 +1,47 @@
+"""What every chunk of a response says alike, and the sums over its choices."""
+
+from __future__ import annotations
+
+import msgspec
+
+from reprise.protocol.responses import PromptTokensDetails, RepriseExtension, Usage
+from reprise.types import ChoiceDelta
+
+
+class ResponseHead(msgspec.Struct, frozen=True, kw_only=True):
+    """Identity of one response; `created` in seconds since 1970."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    extension: RepriseExtension
+    num_prompt_tokens: tuple[int, ...]
+    """Of each prompt."""
+    num_choices: int
+    """Of each prompt."""
+
+
+class UsageCount:
+    """Counts tokens while deltas pass. A prompt counts once, however many choices it has."""
+
+    def __init__(self, head: ResponseHead) -> None:
+        self._num_prompt_tokens = sum(head.num_prompt_tokens)
+        self._num_choices = head.num_choices
+        self._num_generated = 0
+        self._num_cached: dict[int, int] = {}
+
+    def add(self, delta: ChoiceDelta) -> None:
+        self._num_generated += len(delta.token_ids)
+        if delta.index % self._num_choices == 0:
+            # Further choices of a prompt may reuse what the first one computed: that saves the client
+            # nothing.
+            self._num_cached[delta.index] = delta.num_cached_tokens
+
+    def usage(self) -> Usage:
+        return Usage(
+            self._num_prompt_tokens,
+            self._num_generated,
+            self._num_prompt_tokens + self._num_generated,
+            PromptTokensDetails(sum(self._num_cached.values())),
+        )

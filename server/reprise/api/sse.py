@@ -1,0 +1,63 @@
+"""Server-sent events: the only importer of sse_starlette.
+
+Importing it replaces `uvicorn.Server.handle_exit`, and by default it cuts every stream on SIGTERM. The drain
+is `server.py`'s business, so that is switched off here; it also logs whole chunks at DEBUG, so its logger is
+not let down there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Mapping
+
+import msgspec
+from sse_starlette import ServerSentEvent
+from sse_starlette.sse import AppStatus, EventSourceResponse, SendTimeoutError
+
+from reprise.protocol.responses import ErrorResponse
+
+AppStatus.enable_automatic_graceful_drain = False
+logging.getLogger("sse_starlette.sse").setLevel(logging.INFO)
+
+__all__ = ["DONE", "EventStream", "SendTimeoutError", "encode"]
+
+DONE = b"data: [DONE]\n\n"
+_SEND_TIMEOUT_MARGIN = 5.0
+
+_encoder = msgspec.json.Encoder()
+
+
+def encode(message: msgspec.Struct | ErrorResponse) -> bytes:
+    """One event with a JSON object. JSON escapes line breaks, so there is one `data:` line."""
+    return b"data: " + _encoder.encode(message) + b"\n\n"
+
+
+class EventStream(EventSourceResponse):
+    """A response of prebuilt events.
+
+    keep_alive_interval: seconds between comment lines, 0 for none. send_timeout: seconds that one send may
+    block; our HTTP protocol cuts a stalled connection at that time, so here it is the second line of defence.
+    """
+
+    def __init__(
+        self,
+        events: AsyncIterator[bytes],
+        *,
+        headers: Mapping[str, str],
+        keep_alive_interval: float,
+        send_timeout: float,
+    ) -> None:
+        super().__init__(
+            events,
+            headers=headers,
+            ping=keep_alive_interval,
+            ping_message_factory=_keep_alive,
+            sep="\n",
+            send_timeout=send_timeout + _SEND_TIMEOUT_MARGIN,
+        )
+        # The server knows whether the connection lives on.
+        del self.headers["connection"]
+
+
+def _keep_alive() -> ServerSentEvent:
+    return ServerSentEvent(comment="keep-alive", sep="\n")

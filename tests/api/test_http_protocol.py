@@ -1,0 +1,160 @@
+"""Connections that are slow, silent or malformed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+
+import pytest
+
+from support.loopback import Loopback, Start, eventually
+
+pytestmark = pytest.mark.anyio
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 14\r\n\r\n"
+
+
+async def read_all(reader: asyncio.StreamReader) -> bytes:
+    async with asyncio.timeout(5):
+        return await reader.read()
+
+
+def error_of(answer: bytes) -> tuple[int, str]:
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)["error"]["code"]
+
+
+async def test_a_silent_connection_is_closed(start: Start) -> None:
+    async with start(header_timeout=0.2) as server:
+        began = time.monotonic()
+        reader, writer = await server.connect()
+        assert await read_all(reader) == b""
+        assert 0.15 < time.monotonic() - began < 2
+        writer.close()
+
+
+@pytest.mark.parametrize("trickle", [b"GET /", b"\r\n\r\n", b"GET / HTTP/1.1\r\nHost: x\r\nA: b"])
+async def test_a_head_that_does_not_end(start: Start, trickle: bytes) -> None:
+    """The deadline is absolute: another byte now and then does not move it."""
+    async with start(header_timeout=0.3) as server:
+        reader, writer = await server.connect()
+        began = time.monotonic()
+        reading = asyncio.create_task(read_all(reader))
+        writer.write(trickle)
+        while not reading.done() and time.monotonic() - began < 3:
+            writer.write(b"\r\n" if trickle == b"\r\n\r\n" else b"x")
+            await asyncio.sleep(0.05)
+        answer = await reading
+        assert error_of(answer) == (408, "request_timeout")
+        assert time.monotonic() - began < 2
+        writer.close()
+
+
+async def test_a_body_that_does_not_end(start: Start) -> None:
+    async with start(body_timeout=0.3) as server:
+        reader, writer = await server.connect()
+        writer.write(HEAD + b'{"prompt')
+        assert error_of(await read_all(reader)) == (408, "request_timeout")
+        writer.close()
+
+
+async def test_a_second_head_that_does_not_end(start: Start) -> None:
+    async with start(header_timeout=0.3) as server:
+        reader, writer = await server.connect()
+        writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b"200 OK" in await reader.readuntil(b'{"status":"ok"}')
+        writer.write(b"GET /hea")
+        assert error_of(await read_all(reader)) == (408, "request_timeout")
+        writer.close()
+
+
+async def test_an_idle_connection_is_kept_and_then_closed(start: Start) -> None:
+    async with start(header_timeout=0.2, idle_timeout=1) as server:
+        reader, writer = await server.connect()
+        for _ in range(2):
+            writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            await reader.readuntil(b'{"status":"ok"}')
+            await asyncio.sleep(0.4)
+        began = time.monotonic()
+        assert await read_all(reader) == b""
+        assert time.monotonic() - began < 2
+        writer.close()
+
+
+async def test_a_long_answer_outlives_the_deadlines_of_receipt(start: Start) -> None:
+    async with start(header_timeout=0.1, body_timeout=0.1, idle_timeout=1, request_timeout=0.5) as server:
+        server.app.state.service.engine.enqueue(None)
+        response = await server.post("/v1/completions", {"prompt": "a"})
+        assert response.status_code == 504
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /" + b"x" * 100_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 100_000 + b"\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\n" + b"X: yyyy\r\n" * 20_000 + b"\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 300_000,
+    ],
+    ids=["url", "header", "headers", "endless"],
+)
+async def test_a_head_that_is_too_large(server: Loopback, head: bytes) -> None:
+    reader, writer = await server.connect()
+    writer.write(head)
+    assert error_of(await read_all(reader)) == (431, "header_too_large")
+    # A peer that does not close its side is not waited for.
+    connections = server.server.connections
+    await eventually(lambda: not connections)
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"nonsense\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02\x00\x01", b"GET /\xff\xfe HTTP/1.1\r\n\r\n"],
+)
+async def test_what_is_no_http(server: Loopback, data: bytes) -> None:
+    reader, writer = await server.connect()
+    writer.write(data)
+    status, _, rest = (await read_all(reader)).partition(b"\r\n")
+    assert status.startswith(b"HTTP/1.1 400 ")
+    assert b"invalid_http" in rest
+    writer.close()
+
+
+async def test_idle_connections_keep_nobody_out(start: Start) -> None:
+    async with start(header_timeout=1) as server:
+        idle = [await server.connect() for _ in range(200)]
+        assert (await server.get("/health")).status_code == 200
+        async with asyncio.timeout(5):
+            assert [await reader.read() for reader, _ in idle] == [b""] * 200
+        for _, writer in idle:
+            writer.close()
+
+
+async def test_upgrades_are_answered_over_http_1(server: Loopback) -> None:
+    reader, writer = await server.connect()
+    writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, close\r\nUpgrade: websocket\r\n\r\n")
+    assert b'{"status":"ok"}' in await reader.readuntil(b"}")
+    writer.close()
+
+
+async def test_pipelined_requests_are_answered_in_order(server: Loopback) -> None:
+    reader, writer = await server.connect()
+    one = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    last = b"GET /version HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    writer.write(one + one + last)
+    answer = await read_all(reader)
+    assert answer.count(b'{"status":"ok"}') == 2
+    assert answer.rstrip().endswith(b"}")
+    assert answer.rindex(b"version") > answer.rindex(b"status")
+    writer.close()
+
+
+async def test_continue_is_sent_for_a_body_that_will_be_read(server: Loopback) -> None:
+    reader, writer = await server.connect()
+    writer.write(HEAD.replace(b"Host", b"Expect: 100-continue\r\nConnection: close\r\nHost"))
+    assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 100 ")
+    writer.write(b'{"prompt": ""}')
+    assert b"200 OK" in await read_all(reader)
+    writer.close()

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import ast
+import json
+import logging
+from pathlib import Path
+
+import msgspec
+import pytest
+from sse_starlette.sse import AppStatus
+
+import reprise
+from reprise.api import sse
+from reprise.protocol.responses import (
+    ChatChunkChoice,
+    ChatCompletionChunk,
+    ChatDelta,
+    Error,
+    ErrorResponse,
+    Readiness,
+)
+from support.loopback import events
+
+CHUNK = ChatCompletionChunk(
+    id="c",
+    created=1,
+    model="m",
+    system_fingerprint="f",
+    choices=[ChatChunkChoice(0, ChatDelta(content="a\n\nb\r你🙂"))],
+)
+
+
+@pytest.mark.parametrize(
+    ("message", "data"),
+    [
+        (
+            CHUNK,
+            (
+                '{"id":"c","object":"chat.completion.chunk","created":1,"model":"m","system_fingerprint":"f",'
+                '"choices":[{"index":0,"delta":{"content":"a\\n\\nb\\r你🙂"},"logprobs":null,"finish_reason":null}]}'
+            ),
+        ),
+        (
+            ErrorResponse(Error("M", "server_error", None, "c")),
+            '{"error":{"message":"M","type":"server_error","param":null,"code":"c"}}',
+        ),
+        (Readiness("ready", "yes"), '{"status":"ready","reason":"yes"}'),
+    ],
+)
+def test_encode_and_back(message: msgspec.Struct, data: str) -> None:
+    encoded = sse.encode(message)
+    assert encoded == f"data: {data}\n\n".encode()
+    assert encoded.count(b"\n") == 2
+    assert events(encoded.decode()) == [json.loads(data)]
+
+
+def test_the_end() -> None:
+    assert events(sse.DONE.decode()) == ["[DONE]"]
+
+
+def test_the_librarys_own_drain_is_off() -> None:
+    """It would cut every stream at the first SIGTERM."""
+    assert not AppStatus.enable_automatic_graceful_drain
+
+
+def test_the_library_never_logs_chunks() -> None:
+    assert not logging.getLogger("sse_starlette.sse").isEnabledFor(logging.DEBUG)
+
+
+def test_the_library_is_imported_in_one_place() -> None:
+    root = Path(reprise.__file__).parent
+    importers = {
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sse_starlette"))
+        or (isinstance(node, ast.Import) and any(name.name.startswith("sse_starlette") for name in node.names))
+    }
+    assert importers == {"api/sse.py"}
