@@ -1,0 +1,120 @@
+"""Make a model of a known shape with random weights, on this machine and without a network.
+
+Speed depends on the shape alone, so a benchmark needs no trained weights. The tokenizer spells every id with
+one to three printable ASCII characters. The output directory can be served: `reprise serve DIRECTORY`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 176,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+        "max_position_embeddings": 1024,
+        "rope_theta": 10_000.0,
+    },
+    # The shape of HuggingFaceTB/SmolLM2-135M.
+    "smollm2-135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49_152,
+        "max_position_embeddings": 8192,
+        "rope_theta": 100_000.0,
+    },
+}
+
+SPECIAL_TOKENS = ("<|end|>", "<|start|>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def byte_characters() -> list[str]:
+    """The character that stands for each byte in a byte-level vocabulary: printable ones for themselves."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    characters = {byte: chr(byte) for byte in printable}
+    characters |= {byte: chr(256 + index) for index, byte in enumerate(others)}
+    return [characters[byte] for byte in range(256)]
+
+
+def merges() -> Iterator[tuple[str, str]]:
+    """Merges of a byte-pair encoding: all pairs of printable ASCII characters, then all triples."""
+    characters = [chr(code) for code in range(0x21, 0x7F)]
+    yield from itertools.product(characters, characters)
+    for pair in itertools.product(characters, characters):
+        for third in characters:
+            yield "".join(pair), third
+
+
+def write_tokenizer(directory: Path, vocab_size: int) -> None:
+    """Write a byte-level BPE tokenizer of exactly this size."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    tokens = byte_characters()
+    chosen = list(itertools.islice(merges(), vocab_size - len(tokens) - len(SPECIAL_TOKENS)))
+    vocabulary = {token: index for index, token in enumerate([*tokens, *(a + b for a, b in chosen)])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=chosen))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": SPECIAL_TOKENS[0],
+        "bos_token": SPECIAL_TOKENS[1],
+        "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def write_model(directory: Path, shape: str, *, dtype: str = "bfloat16", seed: int = 0) -> int:
+    """Write configuration, random weights and tokenizer. Returns the number of parameters."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    directory.mkdir(parents=True, exist_ok=True)
+    sizes = dict(SHAPES[shape])
+    write_tokenizer(directory, sizes["vocab_size"])
+    end, start = sizes["vocab_size"] - 2, sizes["vocab_size"] - 1
+    config = LlamaConfig(
+        **{name: size for name, size in sizes.items() if name != "rope_theta"},
+        rope_parameters={"rope_type": "default", "rope_theta": sizes["rope_theta"]},
+        tie_word_embeddings=True,
+        eos_token_id=end,
+        bos_token_id=start,
+    )
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(config).to(getattr(torch, dtype))
+    model.save_pretrained(directory)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("directory", type=Path, help="where to write it, such as runs/smollm2-135m")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    arguments = parser.parse_args()
+    num_parameters = write_model(arguments.directory, arguments.shape, dtype=arguments.dtype)
+    print(f"{arguments.directory}: {arguments.shape}, {num_parameters:,} parameters, {arguments.dtype}")
+
+
+if __name__ == "__main__":
+    main()

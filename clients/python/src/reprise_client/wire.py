@@ -1,0 +1,152 @@
+"""The protocol without any I/O, for both clients: requests to JSON, JSON to results, lines to events."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from reprise_client.errors import APIError, StreamBrokenError
+from reprise_client.results import Choice, Chunk, Completion, Usage
+
+Message = Mapping[str, Any]
+
+CHAT_PATH = "/v1/chat/completions"
+COMPLETION_PATH = "/v1/completions"
+MODELS_PATH = "/v1/models"
+
+
+def root_url(base_url: str) -> str:
+    """The server's root, whether or not the address given ends in /v1."""
+    return base_url.rstrip("/").removesuffix("/v1")
+
+
+def headers(api_key: str | None) -> dict[str, str]:
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+
+def chat_body(
+    model: str, messages: str | Sequence[Message], parameters: Mapping[str, Any], *, stream: bool
+) -> dict[str, Any]:
+    """A chat request; a string is one message of the user."""
+    listed = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+    return {"model": model, "messages": listed, **_streaming(stream=stream), **parameters}
+
+
+def completion_body(
+    model: str, prompt: str | Sequence[int], parameters: Mapping[str, Any], *, stream: bool
+) -> dict[str, Any]:
+    """A completion request for a text or for token ids."""
+    listed = prompt if isinstance(prompt, str) else list(prompt)
+    return {"model": model, "prompt": listed, **_streaming(stream=stream), **parameters}
+
+
+def _streaming(*, stream: bool) -> dict[str, Any]:
+    return {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+
+
+def parse_models(answer: Mapping[str, Any]) -> list[str]:
+    return [model["id"] for model in answer["data"]]
+
+
+def parse_completion(answer: Mapping[str, Any], request_id: str | None) -> Completion:
+    choices = [
+        Choice(
+            index=choice["index"],
+            text=choice["text"] if "text" in choice else choice["message"]["content"] or "",
+            finish_reason=choice["finish_reason"],
+            raw=choice,
+        )
+        for choice in answer["choices"]
+    ]
+    return Completion(
+        id=answer["id"],
+        model=answer["model"],
+        choices=tuple(sorted(choices, key=lambda choice: choice.index)),
+        usage=_parse_usage(answer["usage"]),
+        request_id=request_id,
+        raw=answer,
+    )
+
+
+def parse_error(status: int, content: bytes, response_headers: Mapping[str, str]) -> APIError:
+    """The error of a response that is none of success; its body may be anything."""
+    try:
+        error = json.loads(content)["error"]
+    except (ValueError, KeyError, TypeError):
+        error = {}
+    if not isinstance(error, dict):
+        error = {"message": str(error)}
+    try:
+        retry_after = float(response_headers.get("retry-after", ""))
+    except ValueError:
+        retry_after = None
+    return APIError(
+        error.get("message") or f"the server answered {status} without saying why",
+        status=status,
+        error_type=error.get("type"),
+        param=error.get("param"),
+        code=error.get("code"),
+        retry_after=retry_after,
+        request_id=response_headers.get("x-request-id"),
+    )
+
+
+def _parse_usage(usage: Mapping[str, Any]) -> Usage:
+    details = usage.get("prompt_tokens_details") or {}
+    return Usage(
+        prompt_tokens=usage["prompt_tokens"],
+        completion_tokens=usage.get("completion_tokens", 0),
+        cached_tokens=details.get("cached_tokens") or 0,
+    )
+
+
+class StreamDecoder:
+    """Lines of a server-sent event stream to chunks; `done` once the server has said that it is complete."""
+
+    def __init__(self, request_id: str | None) -> None:
+        self.done = False
+        self._request_id = request_id
+        self._data: list[str] = []
+
+    def feed(self, line: str) -> list[Chunk]:
+        """The chunks that this line completes. Raises APIError where the server reports one in the stream."""
+        if line.startswith("data:"):
+            self._data.append(line[5:].removeprefix(" "))
+            return []
+        if line or not self._data:
+            return []  # a comment, a field that is not used here, or nothing to send
+        data, self._data = "\n".join(self._data), []
+        if data == "[DONE]":
+            self.done = True
+            return []
+        return self._chunks(json.loads(data))
+
+    def end(self) -> None:
+        """Raise StreamBrokenError unless the stream is complete."""
+        if not self.done:
+            raise StreamBrokenError("the stream ended before it was complete", request_id=self._request_id)
+
+    def _chunks(self, event: Mapping[str, Any]) -> list[Chunk]:
+        if error := event.get("error"):
+            raise APIError(
+                error.get("message", "the generation failed"),
+                status=None,
+                error_type=error.get("type"),
+                param=error.get("param"),
+                code=error.get("code"),
+                request_id=self._request_id,
+            )
+        usage = _parse_usage(event["usage"]) if event.get("usage") else None
+        if not event["choices"]:
+            return [Chunk(index=0, text="", finish_reason=None, usage=usage, raw=event)]
+        return [
+            Chunk(
+                index=choice["index"],
+                text=(choice["text"] if "text" in choice else choice["delta"].get("content")) or "",
+                finish_reason=choice["finish_reason"],
+                usage=usage,
+                raw=event,
+            )
+            for choice in event["choices"]
+        ]

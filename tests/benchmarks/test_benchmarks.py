@@ -1,0 +1,139 @@
+"""The benchmarks, tiny: they run, they verify, and their sums are right."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import floors, load, shapes, use_cache
+from benchmarks.load import Load, summarise
+from benchmarks.report import percentile, table
+from benchmarks.streaming import StreamTimes, stream_completion
+
+ROOT = Path(__file__).parents[2]
+
+
+def result_of(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], dict[str, Any]]:
+    """The lines of the printed table, and the JSON line."""
+    *lines, last = capsys.readouterr().out.splitlines()
+    result: dict[str, Any] = json.loads(last)
+    return lines, result
+
+
+@pytest.mark.parametrize("name", ["load", "use_cache", "floors", "shapes"])
+def test_help(name: str) -> None:
+    finished = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", "--help"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert "usage:" in finished.stdout
+
+
+def test_load_measures_and_verifies_every_token(live_base_url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--url", live_base_url, "--concurrency", "1", "3", "--requests", "4"]
+    assert load.main([*arguments, "--prompt-tokens", "8", "--output-tokens", "6"]) == 0
+    lines, result = result_of(capsys)
+    assert len(lines) == 3
+    assert [measured["concurrency"] for measured in result["results"]] == [1, 3]
+    for measured in result["results"]:
+        assert measured["complete"] is True
+        assert measured["num_requests"] == measured["num_complete_by_usage"] == measured["num_complete_by_count"] == 4
+        assert measured["num_errors"] == 0
+        assert 0 < measured["ttft_ms"]["p50"] <= measured["ttft_ms"]["p99"]
+        assert measured["itl_ms"]["p50"] > 0
+        assert measured["output_tokens_per_second"] == pytest.approx(24 / measured["seconds"])
+
+
+def test_load_with_openai_fields_alone(live_base_url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--url", live_base_url, "--concurrency", "1", "--requests", "1", "--no-extensions"]
+    assert load.main([*arguments, "--output-tokens", "4"]) == 0
+    assert result_of(capsys)[1]["results"][0]["num_complete_by_count"] is None
+
+
+def test_load_counts_errors(live_base_url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--url", live_base_url, "--concurrency", "1", "--requests", "2", "--model", "nobody"]
+    assert load.main(arguments) == 1
+    (measured,) = result_of(capsys)[1]["results"]
+    assert measured["num_errors"] == 2
+    assert "404" in measured["first_error"]
+    assert measured["complete"] is False
+
+
+def test_a_server_that_is_not_there_is_an_error_not_a_crash() -> None:
+    times = asyncio.run(stream_completion("http://127.0.0.1:9", {}))
+    assert times.error is not None
+    assert "ConnectionRefusedError" in times.error
+
+
+def test_prompts_are_the_same_in_every_run_and_share_what_they_should() -> None:
+    settings = Load(url="", model="m", prompt_tokens=10, output_tokens=5, shared_prefix_tokens=4)
+    first, second = settings.body(0)["prompt"], settings.body(1)["prompt"]
+    assert first == settings.body(0)["prompt"]
+    assert first[:4] == second[:4]
+    assert first[4:] != second[4:]
+    assert len(first) == len(second) == 10
+
+
+def test_sums() -> None:
+    settings = Load(url="", model="m", prompt_tokens=1, output_tokens=3)
+    good = StreamTimes(start=1.0, arrivals=[1.5, 1.6, 1.8], token_counts=[1, 1, 1], usage_tokens=3)
+    short = StreamTimes(start=1.0, arrivals=[2.0], token_counts=[1], usage_tokens=3)
+    measured = summarise(settings, [good, short], concurrency=2, seconds=2.0)
+    assert measured["output_tokens_per_second"] == 3.0
+    assert measured["ttft_ms"]["p50"] == pytest.approx(750)
+    assert measured["itl_ms"]["p99"] == pytest.approx(199)
+    assert (measured["num_complete_by_usage"], measured["num_complete_by_count"]) == (2, 1)
+    assert measured["complete"] is False
+    assert summarise(settings, [good], concurrency=1, seconds=1.0)["complete"] is True
+
+
+def test_use_cache_compares_two_times_of_the_same_answer(
+    live_base_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--url", live_base_url, "--new-tokens", "6", "--prompt-tokens", "4", "--repeats", "1"]
+    assert use_cache.main(arguments) == 0
+    lines, result = result_of(capsys)
+    (measured,) = result["results"]
+    assert measured["same_tokens"] is True
+    assert measured["ratio"] == measured["without_cache_seconds"] / measured["with_cache_seconds"]
+    assert len(lines) == 2
+
+
+def test_use_cache_serves_a_shape_that_it_makes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(use_cache, "SHAPES_DIRECTORY", tmp_path)
+    assert use_cache.main(["--model", "tiny", "--new-tokens", "3", "--repeats", "1"]) == 0
+    assert result_of(capsys)[1]["results"][0]["model"] == "tiny"
+    assert (tmp_path / "tiny/model.safetensors").exists()
+
+
+def test_floors(capsys: pytest.CaptureFixture[str]) -> None:
+    assert floors.main(["--seconds", "0.01", "--megabytes", "8", "--size", "64", "--device", "cpu"]) == 0
+    lines, result = result_of(capsys)
+    assert len(lines) == 6
+    assert result["read_bytes_per_second"] > 1e6
+    assert set(result["operations_per_second"]) == {"float32", "bfloat16"}
+
+
+def test_a_shape_has_the_parameters_of_its_model_and_spells_every_id(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    assert shapes.write_model(tmp_path, "tiny") == 125_248
+    tokenizer = AutoTokenizer.from_pretrained(str(tmp_path))
+    assert len(tokenizer) == 512
+    assert tokenizer.decode([ord("H") - 0x21 + 33, 300]) != ""
+    text = "Hello, world!"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_table_and_percentiles() -> None:
+    assert table([["name", "n"], ["a", "10"]]) == "name   n\na     10"
+    assert percentile([3.0, 1.0, 2.0], 0.5) == 2.0
+    assert percentile([1.0, 2.0], 0.9) == pytest.approx(1.9)
