@@ -184,9 +184,7 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
 
 
 def test_variables_that_kubernetes_sets_get_their_remedy() -> None:
-    found = problems(
-        environ={"REPRISE_SERVICE_HOST": "10.0.0.1", "REPRISE_PORT_8000_TCP": "tcp://10.0.0.1:8000"}
-    )
+    found = problems(environ={"REPRISE_SERVICE_HOST": "10.0.0.1", "REPRISE_PORT_8000_TCP": "tcp://10.0.0.1:8000"})
     assert all("enableServiceLinks: false" in problem for problem in found)
     assert len(found) == 2
 

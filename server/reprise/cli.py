@@ -60,9 +60,7 @@ class SettingsCommand(click.Command):
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             if error.option_name == "--model":
-                raise click.UsageError(
-                    "The model is no option but the argument: reprise serve MODEL", ctx
-                ) from None
+                raise click.UsageError("The model is no option but the argument: reprise serve MODEL", ctx) from None
             raise
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -122,9 +120,7 @@ def config_command(config: Path | None, **flags: Any) -> None:
     """
     resolved = _resolve(config, flags)
     for name, value in resolved.settings.model_dump(mode="json").items():
-        click.echo(
-            f"{name}: {json.dumps(value, ensure_ascii=False)}  # {resolved.sources.get(name, 'default')}"
-        )
+        click.echo(f"{name}: {json.dumps(value, ensure_ascii=False)}  # {resolved.sources.get(name, 'default')}")
 
 
 def main() -> None:

@@ -51,9 +51,7 @@ def resolve_settings(
     problems: list[str] = []
     given: dict[str, Sourced] = {}
     if config_file is not None:
-        given |= _known(
-            _read_file(config_file, problems), {name: name for name in Settings.model_fields}, problems
-        )
+        given |= _known(_read_file(config_file, problems), {name: name for name in Settings.model_fields}, problems)
     environment = {name: Sourced(value, name) for name, value in environ.items() if _is_ours(name, value)}
     given |= _known(environment, {environment_name(name): name for name in Settings.model_fields}, problems)
     flag_values = {flag_name(name): Sourced(value, flag_name(name)) for name, value in flags.items()}
@@ -75,9 +73,7 @@ def _is_ours(name: str, value: str) -> bool:
     return name.startswith("REPRISE_") and name not in _NO_SETTINGS and value != ""
 
 
-def _known(
-    given: Mapping[str, Sourced], settings: Mapping[str, str], problems: list[str]
-) -> dict[str, Sourced]:
+def _known(given: Mapping[str, Sourced], settings: Mapping[str, str], problems: list[str]) -> dict[str, Sourced]:
     """What is given for settings, by name; `settings` maps this kind of source's spelling to the name."""
     known = {}
     for spelling, sourced in given.items():
@@ -156,9 +152,7 @@ def _read_files(values: dict[str, Any], given: Mapping[str, Sourced], problems: 
             values["api_key"] = [*values.get("api_key", []), *keys]
 
 
-def _validated(
-    values: Mapping[str, Any], given: Mapping[str, Sourced], problems: list[str]
-) -> Settings | None:
+def _validated(values: Mapping[str, Any], given: Mapping[str, Sourced], problems: list[str]) -> Settings | None:
     """The settings; None with problems added where a value is wrong."""
     mistyped = {name for name, value in values.items() if isinstance(value, bool) and not _is_switch(name)}
     problems.extend(_wrong(name, values[name], given) for name in mistyped)

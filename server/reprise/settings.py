@@ -144,9 +144,7 @@ class Settings(BaseModel):
         " processes: better use REPRISE_API_KEY or --api-key-file.",
     )
     api_key_file: File = _setting(None, "HTTP", "File of further keys, one a line.")
-    cors_origins: Annotated[
-        list[Text], Kind("ORIGIN", "an origin such as https://example.org, or a list")
-    ] = _setting(
+    cors_origins: Annotated[list[Text], Kind("ORIGIN", "an origin such as https://example.org, or a list")] = _setting(
         list, "HTTP", "Origin whose web pages may call this server; * is any. Give it again for further ones."
     )
     metrics: Switch = _setting(default=True, group="HTTP", description="Offer /metrics for Prometheus.")
@@ -169,13 +167,9 @@ class Settings(BaseModel):
     keep_alive_interval: SecondsOrZero = _setting(
         15.0, "Limits", "Silence after which a stream gets a comment line that keeps it alive; 0 is never."
     )
-    drain_timeout: SecondsOrZero = _setting(
-        30.0, "Limits", "Time that running requests get to finish after SIGTERM."
-    )
+    drain_timeout: SecondsOrZero = _setting(30.0, "Limits", "Time that running requests get to finish after SIGTERM.")
 
-    log_level: Literal["debug", "info", "warning", "error"] = _setting(
-        "info", "Logging", "Least level to log."
-    )
+    log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "Logging", "Least level to log.")
     log_format: Literal["auto", "text", "json"] = _setting(
         "auto", "Logging", "Text lines or JSON lines; auto is text on a terminal, JSON elsewhere."
     )

@@ -81,8 +81,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self._cancel_receipt()
         if not self._refused:
+            self._cancel_receipt()
             super().on_message_complete()
 
     def pause_writing(self) -> None:

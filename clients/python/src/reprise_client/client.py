@@ -102,9 +102,7 @@ class Client:
 
     def chat(self, messages: str | Sequence[Message], **parameters: Any) -> Completion:
         """The answer to a conversation; a string is one message of the user."""
-        return self._complete(
-            wire.CHAT_PATH, wire.chat_body(self._model_name(), messages, parameters, stream=False)
-        )
+        return self._complete(wire.CHAT_PATH, wire.chat_body(self._model_name(), messages, parameters, stream=False))
 
     def complete(self, prompt: str | Sequence[int], **parameters: Any) -> Completion:
         """The continuation of a text or of token ids."""
@@ -114,9 +112,7 @@ class Client:
 
     def stream_chat(self, messages: str | Sequence[Message], **parameters: Any) -> Stream:
         """As `chat`, in pieces. The last chunk has the usage."""
-        return self._stream(
-            wire.CHAT_PATH, wire.chat_body(self._model_name(), messages, parameters, stream=True)
-        )
+        return self._stream(wire.CHAT_PATH, wire.chat_body(self._model_name(), messages, parameters, stream=True))
 
     def stream_complete(self, prompt: str | Sequence[int], **parameters: Any) -> Stream:
         """As `complete`, in pieces. The last chunk has the usage."""
