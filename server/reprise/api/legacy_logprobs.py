@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 
 from reprise.api.chat import finite
@@ -9,7 +10,28 @@ from reprise.protocol.responses import LegacyLogprobs
 from reprise.text.vocabulary import Vocabulary
 from reprise.types import LogprobEntry, LogprobToken
 
-_CONTINUATION_MASK, _CONTINUATION = 0xC0, 0x80
+
+class _TextPosition:
+    """How many characters the bytes so far have made, invalid ones counted as the decoder replaces them."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._num_characters = 0
+
+    @property
+    def num_characters(self) -> int:
+        return self._num_characters
+
+    def push(self, data: bytes) -> int:
+        """Take in a token's bytes. Returns the index of the character that its first byte belongs to."""
+        begun = bool(self._decoder.getstate()[0])
+        first = self._decoder.decode(data[:1])
+        left = bool(self._decoder.getstate()[0])
+        # A character that was begun before is continued, or completed, or else given up as one replacement.
+        continues = not first or (len(first) == 1 and not left)
+        offset = self._num_characters + (begun and not continues)
+        self._num_characters += len(first) + len(self._decoder.decode(data[1:]))
+        return offset
 
 
 class LegacyLogprobsWriter:
@@ -21,7 +43,7 @@ class LegacyLogprobsWriter:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
-        self._num_characters = 0
+        self._position = _TextPosition()
 
     def prompt(self, text: str, token_ids: Sequence[int], entries: Sequence[LogprobEntry | None]) -> LegacyLogprobs:
         """The arrays of an echoed prompt; the first token has no probability.
@@ -29,16 +51,14 @@ class LegacyLogprobsWriter:
         Special tokens that the tokenizer added are in the arrays and not in the text.
         """
         arrays = LegacyLogprobs([], [], [], [])
-        position = 0
+        end = 0
         for token_id, entry in zip(token_ids, entries, strict=False):
             data = self._vocabulary.data(token_id)
             self._append(arrays, data.decode(errors="replace"), entry)
-            if token_id in self._vocabulary.special_token_ids and not text.startswith(data.decode(), position):
+            if token_id in self._vocabulary.special_token_ids and not text.startswith(data.decode(), end):
                 data = b""
-            arrays.text_offset.append(self._offset(data))
-            self._num_characters += _num_begun(data)
-            position = self._num_characters
-        self._num_characters = len(text)
+            arrays.text_offset.append(self._position.push(data))
+            end = self._position.num_characters
         return arrays
 
     def generated(self, entries: Sequence[LogprobEntry]) -> LegacyLogprobs:
@@ -46,18 +66,13 @@ class LegacyLogprobsWriter:
         arrays = LegacyLogprobs([], [], [], [])
         for entry in entries:
             self._append(arrays, entry.token.text, entry)
-            arrays.text_offset.append(self._offset(entry.token.data))
-            self._num_characters += _num_begun(entry.token.data)
+            arrays.text_offset.append(self._position.push(entry.token.data))
         return arrays
 
     def _append(self, arrays: LegacyLogprobs, text: str, entry: LogprobEntry | None) -> None:
         arrays.tokens.append(text)
         arrays.token_logprobs.append(None if entry is None else finite(entry.token.logprob))
         arrays.top_logprobs.append(None if entry is None else _top([*entry.top, entry.token]))
-
-    def _offset(self, data: bytes) -> int:
-        continues = bool(data) and data[0] & _CONTINUATION_MASK == _CONTINUATION
-        return max(0, self._num_characters - continues)
 
 
 def extend(first: LegacyLogprobs | None, second: LegacyLogprobs) -> LegacyLogprobs:
@@ -79,8 +94,3 @@ def _top(tokens: Sequence[LogprobToken]) -> dict[str, float]:
     for token in tokens:
         likely.setdefault(token.text, finite(token.logprob))
     return likely
-
-
-def _num_begun(data: bytes) -> int:
-    """Characters that begin in these bytes of UTF-8."""
-    return sum(byte & _CONTINUATION_MASK != _CONTINUATION for byte in data)
