@@ -84,15 +84,23 @@ PAGED = [name for name in CONFIGS if name not in {"falcon", "bloom", "mamba", "m
 PADDED = ["falcon", "bloom", "mamba", "mamba2"]
 
 
-def build(name: str, dtype: torch.dtype = torch.float32, vocab_size: int = VOCAB_SIZE) -> PreTrainedModel:
-    """A model of that architecture with weights large enough that its greedy choices differ from step to step."""
+def build(
+    name: str, dtype: torch.dtype = torch.float32, vocab_size: int = VOCAB_SIZE, width: int | None = None
+) -> PreTrainedModel:
+    """A model of that architecture with weights large enough that its greedy choices differ from step to step.
+
+    `width` replaces the hidden size of those that take one (a multiple of 32).
+    """
     torch.manual_seed(len(name) * 7919 + sum(map(ord, name)))
     config = CONFIGS[name]()
     config.vocab_size = vocab_size
+    if width is not None:
+        config.hidden_size = width
+        config.head_dim = width // config.num_attention_heads
     model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="eager")  # type: ignore[no-untyped-call]  # transformers leaves it untyped
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:
-                parameter.normal_(std=0.25)
+                parameter.normal_(std=0.25 * (32 / (width or 32)) ** 0.5)
     built: PreTrainedModel = model.to(dtype).eval()
     return built

@@ -1,8 +1,15 @@
 """Attention over the paged KV cache, registered as an attention function of transformers.
 
 The models call it by name and know nothing of blocks. What the step is about reaches it through a module-level
-context, since some models do not hand keyword arguments down to their attention. Every sequence is computed by
-itself over its own tokens, so its result cannot depend on the others in the batch.
+context, since some models do not hand keyword arguments down to their attention.
+
+A token's attention has the same bits however it is computed: alone or among others, in a chunk of any size, with any
+number of tokens behind it. Rules that make it so:
+ 1. Every sequence is computed by itself over its own tokens, in float32.
+ 2. A sum over tokens runs over key blocks of `KEY_BLOCK` positions counted from the sequence's start: within a block by
+    one kernel of one shape, then block by block. What a query does not see is an exact zero, and adding it changes
+    nothing.
+ 3. Matrix products have a multiple of `ROW_MULTIPLE` rows: with others, kernels with another order of summation run.
 """
 
 from __future__ import annotations
@@ -20,6 +27,10 @@ from transformers import AttentionInterface
 from reprise.engine.kv_cache import KVCache
 
 ATTENTION_NAME = "reprise_paged"
+KEY_BLOCK = 128
+ROW_MULTIPLE = 4
+QUERY_TILE = 256
+"""Queries that are attended to together at most; it bounds the memory of the scores, not their values."""
 
 
 class UnsupportedAttentionError(Exception):
@@ -36,6 +47,16 @@ class SequenceSpan:
     """[num_tokens] int64; the last `num_queries` are the tokens of this step."""
 
 
+@dataclass(frozen=True, slots=True)
+class KeyRange:
+    """The keys of some queries of a span: whole key blocks, and which of them each query sees."""
+
+    slots: Tensor
+    """[num_keys] int64, a multiple of KEY_BLOCK; beyond the sequence's end its own first slot."""
+    visible: Tensor
+    """[num_queries, num_keys] bool."""
+
+
 @dataclass(slots=True)
 class AttentionStep:
     """What the attention function needs to know of the step under way."""
@@ -45,21 +66,30 @@ class AttentionStep:
     new_slots: Tensor
     """[T] int64: where the step's own keys and values go."""
     calls: dict[nn.Module, int] = field(default_factory=dict)
-    _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+    _ranges: dict[tuple[int, int, int | None], KeyRange] = field(default_factory=dict)
 
-    def mask(self, span_index: int, sliding_window: int | None) -> Tensor:
-        """[num_queries, num_tokens] bool: which tokens each query sees. The same for every layer alike."""
-        key = (span_index, sliding_window)
-        if key not in self._masks:
-            span = self.spans[span_index]
-            num_tokens = span.slots.shape[0]
-            positions = torch.arange(num_tokens, device=span.slots.device)
-            query_positions = positions[num_tokens - span.num_queries :, None]
-            visible = positions[None, :] <= query_positions
-            if sliding_window is not None:
-                visible &= positions[None, :] > query_positions - sliding_window
-            self._masks[key] = visible
-        return self._masks[key]
+    def key_range(self, span_index: int, first_query: int, sliding_window: int | None) -> KeyRange:
+        """For up to QUERY_TILE queries of a span from `first_query` on. The same for all layers of one window."""
+        key = (span_index, first_query, sliding_window)
+        if key not in self._ranges:
+            self._ranges[key] = _key_range(self.spans[span_index], first_query, sliding_window)
+        return self._ranges[key]
+
+
+def _key_range(span: SequenceSpan, first_query: int, sliding_window: int | None) -> KeyRange:
+    num_tokens = span.slots.shape[0]
+    start = num_tokens - span.num_queries + first_query
+    end = min(start + QUERY_TILE, num_tokens)
+    first_key = 0 if sliding_window is None else max(0, start - sliding_window + 1) // KEY_BLOCK * KEY_BLOCK
+    num_keys = -(-(end - first_key) // KEY_BLOCK) * KEY_BLOCK
+    slots = F.pad(span.slots[first_key:end], (0, num_keys - (end - first_key)))
+    slots[end - first_key :] = span.slots[0]
+    queries = torch.arange(start, end, device=slots.device)[:, None]
+    keys = torch.arange(first_key, first_key + num_keys, device=slots.device)[None, :]
+    visible = keys <= queries
+    if sliding_window is not None:
+        visible &= keys > queries - sliding_window
+    return KeyRange(slots, visible)
 
 
 _current_step: AttentionStep | None = None
@@ -109,56 +139,77 @@ def paged_attention(
     values.index_copy_(0, step.new_slots, new_values)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     num_heads, num_kv_heads = query.shape[1], key.shape[1]
-    output = torch.empty((query.shape[2], num_heads, value.shape[3]), dtype=value.dtype, device=value.device)
+    # Zeros, since the step may have padding rows that belong to no sequence.
+    output = value.new_zeros((query.shape[2], num_heads, value.shape[3]))
     for index, span in enumerate(step.spans):
-        rows = slice(span.query_start, span.query_start + span.num_queries)
-        slots, mask = span.slots, None
-        if span.num_queries > 1:
-            mask = step.mask(index, sliding_window).repeat(num_heads // num_kv_heads, 1)
-        elif sliding_window is not None:
-            slots = slots[-sliding_window:]
-        # Query heads of one key-value head become further query rows: [kv_heads, group · queries, dim].
-        grouped = query[0, :, rows].reshape(num_kv_heads, -1, query.shape[-1])
-        attended = _attend(
-            grouped,
-            keys.index_select(0, slots).transpose(0, 1),
-            values.index_select(0, slots).transpose(0, 1),
-            mask=mask,
-            scale=scale,
-            softcap=softcap,
-            sinks=None if s_aux is None else s_aux.reshape(num_kv_heads, -1),
-        )
-        output[rows] = attended.reshape(num_heads, span.num_queries, -1).transpose(0, 1)
+        for first_query in range(0, span.num_queries, QUERY_TILE):
+            keys_of = step.key_range(index, first_query, sliding_window)
+            start = span.query_start + first_query
+            rows = slice(start, start + keys_of.visible.shape[0])
+            attended = attend(
+                query[0, :, rows].reshape(num_kv_heads, -1, keys_of.visible.shape[0], query.shape[-1]),
+                keys.index_select(0, keys_of.slots).transpose(0, 1),
+                values.index_select(0, keys_of.slots).transpose(0, 1),
+                keys_of.visible,
+                scale=scale,
+                softcap=softcap,
+                sinks=None if s_aux is None else s_aux.reshape(num_kv_heads, -1),
+            )
+            output[rows] = attended.flatten(0, 1).transpose(0, 1).to(value.dtype)
     return output[None], None
 
 
-def _attend(
+def attend(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
+    visible: Tensor,
     *,
-    mask: Tensor | None,
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """[kv_heads, rows, dim] over [kv_heads, tokens, dim]; `sinks`: [kv_heads, group], rows ordered by group."""
-    if softcap is None and sinks is None:
-        return F.scaled_dot_product_attention(query[None], keys[None], values[None], attn_mask=mask, scale=scale)[0]
-    scores = torch.matmul(query, keys.transpose(1, 2)) * scale
+    """Softmax attention with one order of summation for every query, float32.
+
+    query: [kv_heads, group, queries, key_dim], keys: [kv_heads, num_keys, key_dim], values: [.., value_dim],
+    visible: [queries, num_keys] bool with one True in each row, sinks: [kv_heads, group]. `num_keys` is a multiple of
+    KEY_BLOCK. Returns [kv_heads, group, queries, value_dim].
+    """
+    num_kv_heads, group, num_queries, key_dim = query.shape
+    num_keys, num_rows = keys.shape[1], group * num_queries
+    num_blocks = num_keys // KEY_BLOCK
+    fill = (0, 0, 0, -num_rows % ROW_MULTIPLE)
+    # The query heads of one key-value head become further rows of one product.
+    rows = F.pad(query.float().reshape(num_kv_heads, num_rows, key_dim), fill)
+    scores = torch.bmm(rows, keys.float().transpose(1, 2))[:, :num_rows] * scale
+    scores = scores.reshape(num_kv_heads, group, num_queries, num_keys)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.float()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
+    scores = scores.masked_fill(~visible, float("-inf"))
+    highest = scores.amax(dim=-1, keepdim=True)
     if sinks is not None:
-        rows_per_head = query.shape[1] // sinks.shape[1]
-        column = sinks.float().repeat_interleave(rows_per_head, dim=1)[..., None]
-        scores = torch.cat([scores, column], dim=-1)
-    weights = torch.softmax(scores, dim=-1)
+        sink = sinks.float()[:, :, None, None]
+        highest = torch.maximum(highest, sink)
+    weights = torch.exp(scores - highest)
+    total = _sum_blocks(weights.reshape(*weights.shape[:3], num_blocks, KEY_BLOCK).sum(dim=-1), dim=-1)[..., None]
     if sinks is not None:
-        weights = weights[..., :-1]
-    return torch.matmul(weights.to(values.dtype), values)
+        total = total + torch.exp(sink - highest)
+    by_block = F.pad(weights.reshape(num_kv_heads, num_rows, num_keys), fill)
+    by_block = by_block.reshape(num_kv_heads, -1, num_blocks, KEY_BLOCK).transpose(1, 2)
+    products = torch.bmm(
+        by_block.reshape(num_kv_heads * num_blocks, -1, KEY_BLOCK),
+        values.float().reshape(num_kv_heads * num_blocks, KEY_BLOCK, -1),
+    )
+    summed = _sum_blocks(products.reshape(num_kv_heads, num_blocks, *products.shape[1:]), dim=1)[:, :num_rows]
+    return summed.reshape(num_kv_heads, group, num_queries, -1) / total
+
+
+def _sum_blocks(parts: Tensor, dim: int) -> Tensor:
+    """The sum over `dim`, first to last: torch's own sum may regroup with the number of parts."""
+    total = parts.select(dim, 0)
+    for index in range(1, parts.shape[dim]):
+        total = total + parts.select(dim, index)
+    return total
 
 
 AttentionInterface.register(ATTENTION_NAME, paged_attention)

@@ -41,6 +41,11 @@ class KVCache:
             self._allocate(module, shape)
 
     @property
+    def padding_slot(self) -> int:
+        """One slot more, which no block has: where the rows that fill up a step write."""
+        return self.num_slots
+
+    @property
     def bytes_per_token(self) -> int:
         return sum(shape.bytes_per_token for shape in self.shapes.values())
 
@@ -54,7 +59,7 @@ class KVCache:
     def _allocate(self, module: nn.Module, shape: LayerShape) -> None:
         # Zeros, since a masked-out NaN left in fresh memory would still poison a weighted sum.
         def zeros(dim: int) -> Tensor:
-            size = (self.num_slots, shape.num_key_value_heads, dim)
+            size = (self.num_slots + 1, shape.num_key_value_heads, dim)
             return torch.zeros(size, dtype=shape.dtype, device=self.device)
 
         self.shapes[module] = shape

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from reprise.engine.gate import GateResult, padding_gate, paged_gate
 from reprise.engine.kv_cache import KVCache
 from reprise.engine.load_progress import loading_weights
+from reprise.engine.memory import kv_budget
 from reprise.engine.model_runner import ModelRunner, PagedRunner
 from reprise.engine.padded_runner import PaddedRunner
 from reprise.engine.scheduler import SchedulingLimits
@@ -25,8 +24,6 @@ from reprise.ipc.messages import EngineConfig, Ready
 
 DEFAULT_MAX_MODEL_LEN = 4096
 """For models that have no longest position, as state-space models."""
-CPU_KV_SHARE = 0.25
-"""Share of the free memory that the KV pool takes on a CPU when it is not told its size."""
 PADDED_BYTES_PER_TOKEN_FALLBACK = 4096
 
 Progress = Callable[[str, float], None]
@@ -234,7 +231,7 @@ def size_kv_pool(
     per_token = sum(shape.bytes_per_token for shape in tier.shapes.values()) or padded_bytes_per_token(model)
     budget = config.kv_cache_memory
     if budget is None:
-        budget = free_memory(device, config.gpu_memory_utilization)
+        budget = kv_budget(device, config.gpu_memory_utilization)
     useful = config.max_num_seqs * (-(-max_model_len // config.block_size)) * config.block_size
     tokens = min(budget // per_token, useful)
     smallest = min(max_model_len, 2 * config.block_size)
@@ -251,27 +248,6 @@ def padded_bytes_per_token(model: PreTrainedModel) -> int:
     text = model.config.get_text_config()
     layers, hidden = getattr(text, "num_hidden_layers", 0), getattr(text, "hidden_size", 0)
     return 2 * layers * hidden * model.dtype.itemsize or PADDED_BYTES_PER_TOKEN_FALLBACK
-
-
-def free_memory(device: torch.device, gpu_memory_utilization: float) -> int:
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return max(0, int(total * gpu_memory_utilization) - (total - free))
-    return int(available_memory() * CPU_KV_SHARE)
-
-
-def available_memory() -> int:
-    """Bytes that can be had without swapping, a container's limit respected."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free = int(line.split()[1]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
-        free = min(free, max(0, int(limit.read_text()) - int(used.read_text())))
-    return free
 
 
 def scheduling_limits(config: EngineConfig, max_sequence_tokens: int, *, paged: bool) -> SchedulingLimits:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from reprise.engine.attention import AttentionStep, SequenceSpan, attention_step
+from reprise.engine.attention import ROW_MULTIPLE, AttentionStep, SequenceSpan, attention_step
 from reprise.engine.kv_cache import KVCache
 from reprise.engine.scheduler import Batch, ScheduledSequence
 from reprise.engine.sequence import Sequence
@@ -26,7 +26,11 @@ class ModelRunner(Protocol):
 
 
 class PagedRunner:
-    """Packs the batch into one ragged row [1, T]; keys and values live in the block pool's slots."""
+    """Packs the batch into one ragged row [1, T]; keys and values live in the block pool's slots.
+
+    T, and the number of logits rows, is a multiple of ROW_MULTIPLE: with fewer or odd rows a matrix product may take
+    another kernel, and a row's bits would depend on its company. The rows that fill up belong to nobody.
+    """
 
     def __init__(self, model: PreTrainedModel, cache: KVCache, block_size: int) -> None:
         self._model = model
@@ -52,6 +56,12 @@ class PagedRunner:
             input_ids += scheduled.sequence.token_ids[scheduled.start : scheduled.end]
             position_ids += range(scheduled.start, scheduled.end)
             logit_rows += range(len(input_ids) - scheduled.num_logit_rows, len(input_ids))
+        padding = -len(input_ids) % ROW_MULTIPLE
+        input_ids += [0] * padding
+        position_ids += [0] * padding
+        new_slots.append(torch.full((padding,), self._cache.padding_slot))
+        num_rows = len(logit_rows)
+        logit_rows += logit_rows[-1:] * (-num_rows % ROW_MULTIPLE)
         step = AttentionStep(self._cache, spans, torch.cat(new_slots).to(device))
         rows = torch.tensor(logit_rows, device=device, dtype=torch.int64)
         with attention_step(step):
@@ -63,7 +73,7 @@ class PagedRunner:
             )
         self.last_calls = step.calls
         logits: Tensor = output.logits[0]
-        return logits if self._keeps_logits else logits[rows]
+        return (logits if self._keeps_logits else logits[rows])[:num_rows]
 
     def forget(self, sequence: Sequence) -> None:
         """Nothing to drop: the block pool has it all."""
