@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import floors, load, shapes, use_cache
+from benchmarks import floors, load, rows, shapes, use_cache
 from benchmarks.load import Load, summarise
 from benchmarks.report import percentile, table
 from benchmarks.streaming import StreamTimes, stream_completion
@@ -26,7 +26,7 @@ def result_of(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], dict[str, 
     return lines, result
 
 
-@pytest.mark.parametrize("name", ["load", "use_cache", "floors", "shapes"])
+@pytest.mark.parametrize("name", ["load", "use_cache", "floors", "shapes", "rows"])
 def test_help(name: str) -> None:
     finished = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", "--help"],
@@ -137,3 +137,10 @@ def test_table_and_percentiles() -> None:
     assert table([["name", "n"], ["a", "10"]]) == "name   n\na     10"
     assert percentile([3.0, 1.0, 2.0], 0.5) == 2.0
     assert percentile([1.0, 2.0], 0.9) == pytest.approx(1.9)
+
+
+def test_rows_finds_none_that_differ_among_what_the_engine_computes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert rows.main(["--max-rows", "48", "--max-outputs", "1600"]) == 0
+    lines, result = result_of(capsys)
+    assert result["multiples_of_4_that_differ"] == []
+    assert len(lines) == 1 + len(result["differing"])
