@@ -17,7 +17,7 @@ from reprise.engine.sequence import Sequence
 from reprise.ipc.messages import Add
 from reprise.types import FinishReason
 from support.engine_driver import Result, build_core, drain, greedy, load_from, run
-from support.tiny_models import EOS_TOKEN_ID, VOCAB_SIZE
+from support.tiny_models import VOCAB_SIZE
 
 ModelDirectory = Callable[[str], Path]
 PROMPT = list(range(10, 25))
@@ -146,7 +146,6 @@ def test_statistics_count_what_happened(core: EngineCore) -> None:
     assert (stats.num_prompt_tokens, stats.num_generated_tokens) == (2 * len(PROMPT), 8)
     assert stats.num_cached_tokens == 12
     assert (stats.num_running, stats.num_waiting, stats.num_kv_tokens_used) == (0, 0, 0)
-    assert EOS_TOKEN_ID < VOCAB_SIZE
 
 
 def test_a_sequence_that_shares_a_failed_ones_blocks_starts_anew(model_directory: ModelDirectory) -> None:
@@ -172,3 +171,42 @@ def test_a_failing_sampler_is_a_failed_sequence_too(model_directory: ModelDirect
     good, bad = run(core, [(PROMPT[:7], greedy(8)), (PROMPT, out_of_vocabulary)])
     assert bad.error_code == "forward_error"
     assert good.finish_reason in {FinishReason.STOP, FinishReason.LENGTH}
+
+
+def test_what_can_never_fit_is_refused_and_holds_up_nobody(model_directory: ModelDirectory) -> None:
+    """The pool of a later life of the engine may be smaller than the one that a request was admitted for."""
+    loaded = load_from(model_directory("llama"))
+    loaded.num_blocks = 5
+    core = build_core(loaded, None)
+    refused = core.add(Add(1, 0, list(range(4, 34)), greedy(8)))
+    assert [output.error_code for output in refused] == ["capacity"]
+    assert run(core, [(PROMPT[:3], greedy(2))], first_id=2)[0].finish_reason is not None
+
+
+def test_masks_that_leave_nothing_cost_nobody_their_prefix(core: EngineCore) -> None:
+    run(core, [(PROMPT, greedy(2))])
+    result = run(core, [(PROMPT, greedy(2, allowed_token_ids=(3,), min_tokens=1))], first_id=10)[0]
+    assert result.error_code == "no_admissible_token"
+    assert run(core, [(PROMPT, greedy(2))], first_id=20)[0].num_cached_tokens == 12
+
+
+def test_a_prompt_that_only_is_scored_fails_on_no_numbers_too(model_directory: ModelDirectory) -> None:
+    loaded = load_from(model_directory("llama"))
+    loaded.runner = FailingRunner(loaded.runner, PROMPT[0], with_nan=True)
+    result = run(build_core(loaded, None), [(PROMPT, greedy(0, num_prompt_logprobs=1))])[0]
+    assert result.error_code == "numerical_error"
+
+
+def test_a_lost_device_is_not_taken_for_a_bad_request(model_directory: ModelDirectory) -> None:
+    """A sticky CUDA error: every later forward would fail as well, so the process must go."""
+    loaded = load_from(model_directory("llama"))
+
+    class Lost(FailingRunner):
+        def run(self, batch: Batch) -> Tensor:
+            raise torch.AcceleratorError(f"device-side assert in a batch of {len(batch)}")
+
+    loaded.runner = Lost(loaded.runner, 0, with_nan=False)
+    core = build_core(loaded, None)
+    core.add(Add(1, 0, PROMPT, greedy(2)))
+    with pytest.raises(torch.AcceleratorError):
+        core.step()

@@ -81,3 +81,28 @@ def test_a_strange_layer_type_does_not_pass() -> None:
     model = tiny_models.build("llama")
     model.config.layer_types = ["full_attention", "chunked_attention"]
     assert "chunked_attention" in paged_gate(model).reason
+
+
+def test_an_attention_that_is_handed_something_unknown_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    function = broken({"position_bias": torch.zeros(1)})
+    monkeypatch.setitem(AttentionInterface._global_mapping, attention.ATTENTION_NAME, function)
+    assert "position_bias" in paged_gate(tiny_models.build("llama")).reason
+
+
+@pytest.mark.parametrize("window", [8, 64])
+def test_padding_that_is_not_inert_is_found_whatever_the_window(window: int) -> None:
+    model = tiny_models.build("mistral-window")
+    model.config.sliding_window = window
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = window
+    assert padding_gate(model).passed
+    forward = model.forward
+
+    def without_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        return forward(
+            *args, attention_mask=None if attention_mask is None else torch.ones_like(attention_mask), **kwargs
+        )
+
+    model.forward = without_mask
+    assert not padding_gate(model).passed
+    assert padding_gate(model, padding_is_inert=False).passed

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import BertConfig, BertLMHeadModel, LlamaConfig
 
 from reprise.engine import loader
 from reprise.errors import ModelLoadError
@@ -162,3 +162,24 @@ def test_frozen_rope_no_longer_follows_the_batch() -> None:
     short = rotary(torch.zeros(1), torch.tensor([[3]]))[0]
     rotary(torch.zeros(1), torch.tensor([[200]]))
     assert torch.equal(rotary(torch.zeros(1), torch.tensor([[3]]))[0], short)
+
+
+def test_a_model_that_does_not_generate_from_left_to_right_is_refused(tmp_path: Path) -> None:
+    """A BERT that is no decoder looks ahead: whatever would be served is not what `generate` gives."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=199,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        is_decoder=False,
+    )
+    model = BertLMHeadModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.normal_(std=0.25)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ModelLoadError, match="cannot be served"):
+        load_from(tmp_path)

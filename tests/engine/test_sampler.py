@@ -210,3 +210,24 @@ def test_a_row_of_no_numbers_fails_and_its_neighbour_does_not(value: float) -> N
 def test_masks_that_leave_nothing_are_an_error() -> None:
     seq = sequence(1, allowed_token_ids=(BAD,), bad_words=(b"bad",))
     assert Sampler(TOKEN_BYTES).sample([seq], logits(1))[0].error_code == "no_admissible_token"
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-39, 1e-50])
+def test_a_temperature_too_small_to_divide_by_is_greedy(temperature: float) -> None:
+    raw = torch.zeros(1, VOCAB_SIZE)
+    raw[0, 7], raw[0, 20], raw[0, 30] = 3.0, 9.0, 8.0
+    assert Sampler().sample([sequence(1, temperature=temperature)], raw)[0].token_id == 20
+
+
+def test_alternatives_are_ranked_alike_whatever_a_neighbour_asks_for() -> None:
+    """Ties are common in bfloat16; how they fall must not follow the largest number asked for in the batch."""
+    raw = logits(2).bfloat16().float().round()
+    alone = Sampler().sample([sequence(1, num_logprobs=5, temperature=0.0)], raw[:1])[0]
+    for neighbour in (0, 5, 19, 20):
+        pair = [sequence(1, num_logprobs=5, temperature=0.0), sequence(2, num_logprobs=neighbour)]
+        assert Sampler().sample(pair, raw)[0] == alone
+
+
+def test_a_row_of_minus_infinity_is_the_models_fault() -> None:
+    raw = torch.full((1, VOCAB_SIZE), float("-inf"))
+    assert Sampler().sample([sequence(1)], raw)[0].error_code == "numerical_error"

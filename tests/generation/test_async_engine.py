@@ -133,12 +133,13 @@ async def test_a_stop_string_ends_the_choice_and_frees_its_slot(engine: AsyncEng
 
 
 async def test_a_closed_stream_frees_its_slot_within_a_moment(engine: AsyncEngine, tokenizer: Tokenizer) -> None:
-    stream = engine.submit(request(tokenizer, end_token_ids=(), max_tokens=150, num_choices=3))
+    before = engine.stats.num_generated_tokens
+    stream = engine.submit(request(tokenizer, end_token_ids=(), max_tokens=230, num_choices=3))
     await anext(stream)
     stream.close()
     stream.close()
     await idle(engine)
-    assert engine.stats.num_generated_tokens < 10_000
+    assert engine.stats.num_generated_tokens - before < 3 * 230
 
 
 async def test_a_slow_reader_finds_its_deltas_merged(engine: AsyncEngine, tokenizer: Tokenizer) -> None:
@@ -222,3 +223,46 @@ async def test_stopping_ends_what_is_in_flight(directory: Path, tokenizer: Token
         await collect(stream)
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+async def test_tokens_that_cannot_be_made_into_text_fail_their_request_alone(
+    engine: AsyncEngine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = engine.submit(request(tokenizer, end_token_ids=()))
+    (choice,) = engine._choices.values()
+
+    def push(_output: object) -> None:
+        raise IndexError("a bug")
+
+    monkeypatch.setattr(choice.processor, "push", push)
+    with pytest.raises(GenerationError, match="text"):
+        await collect(stream)
+    assert len((await collect(engine.submit(request(tokenizer, end_token_ids=()))))[0].token_ids) == 20
+    await idle(engine)
+
+
+async def test_an_engine_that_dies_while_loading_is_given_up(
+    directory: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reprise.generation.async_engine.RESTART_DELAYS", (0.0,))
+    engine = AsyncEngine(config(directory), tokenizer)
+
+    def kill(_progress: LoadProgress) -> None:
+        pid = engine.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+
+    engine._on_progress = kill
+    with pytest.raises(ModelLoadError, match="died 4 times"):
+        await engine.start()
+    assert engine.state is EngineState.FAILED
+    await engine.stop()
+
+
+async def test_stopping_while_loading_ends_the_start(directory: Path, tokenizer: Tokenizer) -> None:
+    engine = AsyncEngine(config(directory), tokenizer)
+    starting = asyncio.create_task(engine.start())
+    await asyncio.sleep(0.01)
+    await engine.stop()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(starting, 5.0)

@@ -27,10 +27,16 @@ from transformers import AttentionInterface
 from reprise.engine.kv_cache import KVCache
 
 ATTENTION_NAME = "reprise_paged"
+HARMLESS_ARGUMENTS = frozenset(
+    {"dropout", "position_ids", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits"}
+    | {"return_dict", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+)
+"""What models hand down that does not change what attention computes here."""
 KEY_BLOCK = 128
 ROW_MULTIPLE = 4
 QUERY_TILE = 256
-"""Queries that are attended to together at most; it bounds the memory of the scores, not their values."""
+MAX_SCORES = 2**24
+"""Queries that are computed together, and their scores over all heads, at most: memory, not values."""
 
 
 class UnsupportedAttentionError(Exception):
@@ -66,20 +72,20 @@ class AttentionStep:
     new_slots: Tensor
     """[T] int64: where the step's own keys and values go."""
     calls: dict[nn.Module, int] = field(default_factory=dict)
-    _ranges: dict[tuple[int, int, int | None], KeyRange] = field(default_factory=dict)
+    _ranges: dict[tuple[int, int, int, int | None], KeyRange] = field(default_factory=dict)
 
-    def key_range(self, span_index: int, first_query: int, sliding_window: int | None) -> KeyRange:
-        """For up to QUERY_TILE queries of a span from `first_query` on. The same for all layers of one window."""
-        key = (span_index, first_query, sliding_window)
+    def key_range(self, span_index: int, first_query: int, tile: int, sliding_window: int | None) -> KeyRange:
+        """For up to `tile` queries of a span from `first_query` on. The same for all layers of one window."""
+        key = (span_index, first_query, tile, sliding_window)
         if key not in self._ranges:
-            self._ranges[key] = _key_range(self.spans[span_index], first_query, sliding_window)
+            self._ranges[key] = _key_range(self.spans[span_index], first_query, tile, sliding_window)
         return self._ranges[key]
 
 
-def _key_range(span: SequenceSpan, first_query: int, sliding_window: int | None) -> KeyRange:
+def _key_range(span: SequenceSpan, first_query: int, tile: int, sliding_window: int | None) -> KeyRange:
     num_tokens = span.slots.shape[0]
     start = num_tokens - span.num_queries + first_query
-    end = min(start + QUERY_TILE, num_tokens)
+    end = min(start + tile, num_tokens)
     first_key = 0 if sliding_window is None else max(0, start - sliding_window + 1) // KEY_BLOCK * KEY_BLOCK
     num_keys = -(-(end - first_key) // KEY_BLOCK) * KEY_BLOCK
     slots = F.pad(span.slots[first_key:end], (0, num_keys - (end - first_key)))
@@ -119,7 +125,7 @@ def paged_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     is_causal: bool | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Write the step's keys and values into the cache, then attend over each sequence's tokens.
 
@@ -130,6 +136,9 @@ def paged_attention(
     step = _current_step
     if step is None:
         raise UnsupportedAttentionError("attention outside a step")
+    unknown = [name for name, argument in others.items() if argument is not None and name not in HARMLESS_ARGUMENTS]
+    if unknown:
+        raise UnsupportedAttentionError(f"attention with {', '.join(sorted(unknown))}")
     if attention_mask is not None or is_causal is False or getattr(module, "is_causal", True) is False:
         raise UnsupportedAttentionError("attention with a mask of its own")
     step.calls[module] = step.calls.get(module, 0) + 1
@@ -142,8 +151,9 @@ def paged_attention(
     # Zeros, since the step may have padding rows that belong to no sequence.
     output = value.new_zeros((query.shape[2], num_heads, value.shape[3]))
     for index, span in enumerate(step.spans):
-        for first_query in range(0, span.num_queries, QUERY_TILE):
-            keys_of = step.key_range(index, first_query, sliding_window)
+        tile = max(1, min(QUERY_TILE, MAX_SCORES // (num_heads * span.slots.shape[0])))
+        for first_query in range(0, span.num_queries, tile):
+            keys_of = step.key_range(index, first_query, tile, sliding_window)
             start = span.query_start + first_query
             rows = slice(start, start + keys_of.visible.shape[0])
             attended = attend(

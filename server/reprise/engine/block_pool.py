@@ -4,7 +4,7 @@ Rules that live here:
  1. A block is free (no reference) or in use (one or more). Free blocks keep their prefix digest until reused.
  2. A digest names at most one block. Free blocks are reused least recently released first, so a useful prefix
     survives longest; blocks without a digest go before all others.
- 3. Nobody writes to a block that has a digest: whole blocks alone get one.
+ 3. Whole blocks alone get a digest, and nobody but the step that gave it writes to a block that has one.
 """
 
 from __future__ import annotations
@@ -58,7 +58,6 @@ class BlockPool:
         for _ in range(count):
             block, _ = (self._blank or self._cached).popitem(last=False)
             self.forget([block])
-            self._blank.pop(block, None)
             self._references[block] = 1
             blocks.append(block)
         return blocks
@@ -95,7 +94,8 @@ class BlockPool:
             if digest is not None:
                 del self._by_digest[digest]
                 self._digests[block] = None
-                if self._cached.pop(block, 0) is None:
+                if block in self._cached:
+                    del self._cached[block]
                     self._blank[block] = None
 
     def check(self, owners: Iterable[Sequence[int]] = ()) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from reprise.engine.model_runner import ModelRunner
-from reprise.engine.sampler import Sampled, Sampler, row_logprobs
+from reprise.engine.sampler import Sampled, Sampler, no_numbers, row_logprobs
 from reprise.engine.scheduler import Batch, ScheduledSequence, Scheduler
 from reprise.engine.sequence import Sequence
 from reprise.ipc.messages import Add, EngineStats, SequenceOutput
@@ -20,6 +20,7 @@ ERROR_MESSAGES = {
     "numerical_error": "the model produced logits that are no numbers for this sequence",
     "no_admissible_token": "the request's masks (allowed_token_ids, bad_words, min_tokens) leave no token to choose",
     "forward_error": "the model's forward pass failed on this sequence",
+    "capacity": "prompt and max_tokens together are more than this engine's KV pool holds",
 }
 
 
@@ -40,7 +41,8 @@ class EngineCore:
     def has_work(self) -> bool:
         return self._scheduler.has_work
 
-    def add(self, message: Add) -> None:
+    def add(self, message: Add) -> list[SequenceOutput]:
+        """Enqueue. A terminal output at once where the pool could not hold the sequence at its longest."""
         sequence = Sequence(
             message.sequence_id,
             choice_index=message.choice_index,
@@ -50,6 +52,10 @@ class EngineCore:
         )
         self._sequences[sequence.sequence_id] = sequence
         self._scheduler.add(sequence)
+        pool = self._scheduler.pool
+        if sequence.num_prompt_tokens + sequence.sampling.max_tokens > pool.num_blocks * pool.block_size:
+            return [self._finish(sequence, FinishReason.ERROR, error_code="capacity")]
+        return []
 
     def abort(self, sequence_ids: list[int]) -> list[SequenceOutput]:
         """Terminal outputs of those that were still alive."""
@@ -59,6 +65,7 @@ class EngineCore:
     def step(self) -> list[SequenceOutput]:
         """Compute one batch. Every sequence that a failure touches ends in an error; the others go on."""
         batch = self._scheduler.schedule()
+        assert batch or not self._scheduler.has_work, "there is work that fits nowhere"
         self._num_steps += 1
         drawn = self._evaluate(batch)
         outputs = []
@@ -71,7 +78,9 @@ class EngineCore:
             self._scheduler.advance(scheduled)
             sampled = drawn[sequence.sequence_id]
             if sampled is not None and sampled.error_code is not None:
-                outputs.append(self._fail(sequence, sampled.error_code))
+                if sampled.error_code != "no_admissible_token":
+                    self._scheduler.taint(sequence, scheduled.start)
+                outputs.append(self._finish(sequence, FinishReason.ERROR, error_code=sampled.error_code))
             elif completes_pass:
                 outputs.append(self._append(sequence, sampled))
         return outputs
@@ -104,6 +113,9 @@ class EngineCore:
         """
         try:
             return self._run(batch)
+        except torch.AcceleratorError:
+            # The device's context is lost with it: only another process can go on.
+            raise
         except Exception as error:  # noqa: BLE001 # whatever a model's code raises must not end the others
             logger.warning("a step over %d sequences failed: %s", len(batch), type(error).__name__)
         drawn: dict[int, Sampled | None] = {}
@@ -114,9 +126,12 @@ class EngineCore:
                 continue
             try:
                 drawn |= self._run([scheduled])
-            except Exception as error:  # noqa: BLE001 # as above
-                logger.error("sequence %d fails alone: %s", sequence.sequence_id, type(error).__name__)
-                tainted.update(sequence.block_ids)
+            except torch.AcceleratorError:
+                raise
+            except Exception as error:  # as above
+                message = "sequence %d fails alone: %s"
+                logger.exception(message, sequence.sequence_id, type(error).__name__)
+                tainted.update(sequence.block_ids[scheduled.start // self._scheduler.pool.block_size :])
                 drawn[sequence.sequence_id] = Sampled(error_code="forward_error")
         return drawn
 
@@ -125,12 +140,15 @@ class EngineCore:
         logits = self._runner.run(batch)
         sequences: list[Sequence] = []
         last_rows: list[int] = []
+        broken: set[int] = set()
         offset = 0
         for scheduled in batch:
             rows = logits[offset : offset + scheduled.num_logit_rows]
             offset += scheduled.num_logit_rows
             if scheduled.sequence.scores_prompt:
                 _score_prompt(scheduled, rows)
+                if bool(no_numbers(rows.float()).any()):
+                    broken.add(scheduled.sequence.sequence_id)
             if scheduled.completes_pass and scheduled.sequence.sampling.max_tokens > 0:
                 sequences.append(scheduled.sequence)
                 last_rows.append(offset - 1)
@@ -138,7 +156,7 @@ class EngineCore:
         if sequences:
             sampled = self._sampler.sample(sequences, logits[torch.tensor(last_rows, device=logits.device)])
             drawn |= {s.sequence_id: result for s, result in zip(sequences, sampled, strict=True)}
-        return drawn
+        return drawn | {sequence_id: Sampled(error_code="numerical_error") for sequence_id in broken}
 
     def _append(self, sequence: Sequence, sampled: Sampled | None) -> SequenceOutput:
         """Take the new token (None: the prompt alone was to be scored) and decide whether it is the last."""
@@ -155,10 +173,6 @@ class EngineCore:
         if sequence.num_output_tokens >= params.max_tokens:
             return self._finish(sequence, FinishReason.LENGTH, sampled)
         return self._output(sequence, sampled)
-
-    def _fail(self, sequence: Sequence, code: str) -> SequenceOutput:
-        self._scheduler.taint(sequence)
-        return self._finish(sequence, FinishReason.ERROR, error_code=code)
 
     def _finish(
         self,

@@ -68,11 +68,10 @@ def load(config: EngineConfig, progress: Progress) -> LoadedModel:
         cache = KVCache(num_blocks * config.block_size, device, tier.shapes)
         runner = PagedRunner(model, cache, config.block_size)
     else:
-        padding = padding_gate(model)
         runner = PaddedRunner(
             model,
             max_padded_tokens=max(4 * config.max_num_batched_tokens, max_sequence_tokens),
-            padding_is_inert=padding.passed,
+            padding_is_inert=choose_padding(model),
         )
     ready = Ready(
         tier="paged" if tier.passed else "padded",
@@ -85,6 +84,7 @@ def load(config: EngineConfig, progress: Progress) -> LoadedModel:
         vocab_size=output_size(model),
         max_model_len=max_model_len,
         num_kv_tokens=num_blocks * config.block_size,
+        kv_cache_memory=num_kv_tokens * bytes_per_token(model, tier),
         max_sequence_tokens=max_sequence_tokens,
         max_num_seqs=config.max_num_seqs,
         weights_fingerprint=fingerprint,
@@ -106,7 +106,8 @@ def choose_device(device: str) -> torch.device:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} threads"
+    count = torch.get_num_threads()
+    return f"{count} thread" if count == 1 else f"{count} threads"
 
 
 def choose_dtype(name: str, model_config: PreTrainedConfig, device: torch.device) -> torch.dtype:
@@ -147,6 +148,8 @@ def load_weights(config: EngineConfig, dtype: torch.dtype, device: torch.device)
             output_loading_info=True,
             # Refused below, where the tensors have names; transformers would only print them.
             ignore_mismatched_sizes=True,
+            # Straight to the GPU; a CPU model is there already.
+            **({"device_map": {"": device}} if device.type == "cuda" else {}),
         )
     except Exception as error:
         raise ModelLoadError(f"the weights of '{config.model}' cannot be loaded: {error}") from error
@@ -178,6 +181,8 @@ def verify_weights(model: nn.Module) -> str:
 
 def choose_max_model_len(config: EngineConfig, model_config: PreTrainedConfig) -> int:
     limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and limit <= 0:
+        limit = None
     if config.max_model_len is None:
         return int(limit) if limit else DEFAULT_MAX_MODEL_LEN
     if limit and config.max_model_len > limit and not scales_rope(model_config):
@@ -224,23 +229,38 @@ def choose_tier(model: PreTrainedModel, config: EngineConfig) -> GateResult:
     return result
 
 
+def choose_padding(model: PreTrainedModel) -> bool:
+    """Whether prompts of unequal lengths may share a cohort. Raises ModelLoadError where not even equal ones may."""
+    if padding_gate(model).passed:
+        return True
+    alone = padding_gate(model, padding_is_inert=False)
+    if not alone.passed:
+        raise ModelLoadError(f"the model cannot be served: token by token, {alone.reason}")
+    return False
+
+
 def size_kv_pool(
     config: EngineConfig, model: PreTrainedModel, tier: GateResult, max_model_len: int, device: torch.device
 ) -> int:
     """Tokens of the pool: what the memory budget holds, and no more than all sequences can use at their longest."""
-    per_token = sum(shape.bytes_per_token for shape in tier.shapes.values()) or padded_bytes_per_token(model)
+    per_token = bytes_per_token(model, tier)
     budget = config.kv_cache_memory
     if budget is None:
         budget = kv_budget(device, config.gpu_memory_utilization)
     useful = config.max_num_seqs * (-(-max_model_len // config.block_size)) * config.block_size
     tokens = min(budget // per_token, useful)
-    smallest = min(max_model_len, 2 * config.block_size)
+    smallest = max(config.block_size, min(max_model_len, 2 * config.block_size))
     if tokens < smallest:
         raise ModelLoadError(
             f"a KV pool of {budget} bytes holds {tokens} tokens at {per_token} bytes a token, fewer than the"
             f" {smallest} it takes to serve: raise --kv-cache-memory"
         )
     return tokens // config.block_size * config.block_size
+
+
+def bytes_per_token(model: PreTrainedModel, tier: GateResult) -> int:
+    """Of the KV pool, all layers together."""
+    return sum(shape.bytes_per_token for shape in tier.shapes.values()) or padded_bytes_per_token(model)
 
 
 def padded_bytes_per_token(model: PreTrainedModel) -> int:

@@ -44,7 +44,7 @@ def top_p(scores: Tensor, p: Tensor) -> Tensor:
 
     Holtzman et al. 2019, nucleus sampling.
     """
-    ascending, order = torch.sort(scores, dim=-1, descending=False)
+    ascending, order = torch.sort(scores, dim=-1, descending=False, stable=True)
     cumulative = ascending.softmax(dim=-1).cumsum(dim=-1)
     remove = cumulative <= (1 - p)[:, None]
     remove[:, -1] = False
@@ -68,7 +68,7 @@ def typical_p(scores: Tensor, mass: Tensor) -> Tensor:
     logprobs = scores.log_softmax(dim=-1)
     entropy = -(logprobs * logprobs.exp()).nansum(dim=-1, keepdim=True)
     distance = (-logprobs - entropy).abs()
-    nearest, order = torch.sort(distance, dim=-1, descending=False)
+    nearest, order = torch.sort(distance, dim=-1, descending=False, stable=True)
     cumulative = scores.gather(-1, order).softmax(dim=-1).cumsum(dim=-1)
     last = (cumulative < mass[:, None]).sum(dim=-1, keepdim=True).clamp(max=scores.shape[-1] - 1)
     remove = nearest > nearest.gather(-1, last)

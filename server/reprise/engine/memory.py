@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -14,6 +15,9 @@ CPU_KV_SHARE = 0.25
 def kv_budget(device: torch.device, gpu_memory_utilization: float) -> int:
     """Bytes for a KV pool that was given no size. `gpu_memory_utilization`: share of a GPU for everything."""
     if device.type == "cuda":
+        # What the gate has used is still in torch's own cache.
+        gc.collect()
+        torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
         return max(0, int(total * gpu_memory_utilization) - (total - free))
     return int(available_memory() * CPU_KV_SHARE)
@@ -34,5 +38,16 @@ def available_memory() -> int:
                 free = int(line.split()[1]) * 1024
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
-        free = min(free, max(0, int(limit.read_text()) - int(used.read_text())))
+        held = int(used.read_text()) - _inactive_file_pages()
+        free = min(free, max(0, int(limit.read_text()) - held))
     return free
+
+
+def _inactive_file_pages() -> int:
+    """Bytes of the container's page cache that go when memory is wanted, such as weights just read."""
+    statistics = Path("/sys/fs/cgroup/memory.stat")
+    if statistics.exists():
+        for line in statistics.read_text().splitlines():
+            if line.startswith("inactive_file "):
+                return int(line.split()[1])
+    return 0

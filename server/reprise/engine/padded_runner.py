@@ -52,7 +52,9 @@ class PaddedRunner:
         self._max_padded_tokens = max_padded_tokens
         self._padding_is_inert = padding_is_inert
         self._cohorts: list[Cohort] = []
-        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        parameters = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in parameters
+        self._keeps_logits = "logits_to_keep" in parameters
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
@@ -100,6 +102,7 @@ class PaddedRunner:
             cohort.attention_mask,
             {cohort.cache_name: cohort.cache},
             first=False,
+            num_logits=1,
         )
         cohort.cache = output[cohort.cache_name]
         cohort.num_tokens = [n + 1 for n in cohort.num_tokens]
@@ -130,14 +133,20 @@ class PaddedRunner:
             attention_mask[row, longest - scheduled.end :] = 1
         attention_mask = attention_mask.to(self._device)
         use_cache = group[0].sequence.sampling.use_cache
-        output = self._forward(input_ids.to(self._device), attention_mask, {}, first=True, use_cache=use_cache)
+        num_logits = max(s.num_logit_rows for s in group)
+        output = self._forward(
+            input_ids.to(self._device), attention_mask, {}, first=True, use_cache=use_cache, num_logits=num_logits
+        )
         if use_cache:
             name = next((n for n in CACHE_NAMES if output.get(n) is not None), None)
             if name is not None:
                 sequences = [s.sequence for s in group]
                 lengths = [s.end for s in group]
                 self._cohorts.append(Cohort(sequences, lengths, attention_mask, output[name], name))
-        return {s.sequence.sequence_id: output.logits[row, longest - s.num_logit_rows :] for row, s in enumerate(group)}
+        return {
+            s.sequence.sequence_id: output.logits[row, output.logits.shape[1] - s.num_logit_rows :]
+            for row, s in enumerate(group)
+        }
 
     def _forward(
         self,
@@ -146,9 +155,12 @@ class PaddedRunner:
         cache: dict[str, Any],
         *,
         first: bool,
+        num_logits: int,
         use_cache: bool = True,
     ) -> Any:
         arguments: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": use_cache, **cache}
+        if self._keeps_logits:
+            arguments["logits_to_keep"] = num_logits
         if self._takes_positions:
             positions = attention_mask.cumsum(-1) - 1
             arguments["position_ids"] = positions.clamp(min=0)[:, -input_ids.shape[1] :]

@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 
+import torch
 import transformers
 
 from reprise.engine.block_pool import BlockPool
@@ -72,8 +73,13 @@ def _load(message: ToEngine, connection: BlockingConnection[ToEngine]) -> Engine
     except ModelLoadError as error:
         connection.send(LoadFailed(str(error)))
         return None
-    except MemoryError:
+    except (MemoryError, torch.OutOfMemoryError):
         connection.send(LoadFailed(f"'{message.config.model}' does not fit into memory"))
+        return None
+    except Exception as error:
+        logger.exception("loading failed")
+        cause = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        connection.send(LoadFailed(f"'{message.config.model}' cannot be loaded: {cause}"))
         return None
     core = build_core(loaded, message.token_bytes)
     connection.send(loaded.ready)
@@ -87,13 +93,14 @@ def _loop(core: EngineCore, connection: BlockingConnection[ToEngine], pending: l
         messages = [*pending, *connection.receive(0 if core.has_work or was_busy else HEARTBEAT_SECONDS)]
         pending = []
         outputs = _take_in(core, messages)
-        was_busy = core.has_work
-        if was_busy:
+        has_work = core.has_work
+        if was_busy and not has_work:
+            core.check()
+        was_busy = has_work
+        if has_work:
             started = time.monotonic()
             outputs += core.step()
             step_seconds += time.monotonic() - started
-        else:
-            core.check()
         connection.send(StepOutput(outputs, core.stats(step_seconds)))
 
 
@@ -102,7 +109,7 @@ def _take_in(core: EngineCore, messages: list[ToEngine]) -> list[SequenceOutput]
     for message in messages:
         match message:
             case Add():
-                core.add(message)
+                outputs += core.add(message)
             case Abort(sequence_ids):
                 outputs += core.abort(sequence_ids)
             case Start():

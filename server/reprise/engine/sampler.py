@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -14,6 +15,10 @@ from reprise.engine.noise import draw_key, gumbel
 from reprise.engine.sequence import Sequence
 from reprise.types import SamplingParams, TokenLogprobs
 
+GREEDY_BELOW = 1e-5
+"""Temperatures below this are greedy: dividing by them leaves float32's range."""
+NUM_RANKED = 20
+"""Alternatives that are always ranked: how ties fall depends on the number asked for, which neighbours decide."""
 LOWEST_LOGPROB = -9999.0
 """OpenAI's number for «very unlikely»: JSON has no minus infinity."""
 
@@ -25,6 +30,12 @@ class Sampled:
     token_id: int | None = None
     logprobs: TokenLogprobs | None = None
     error_code: str | None = None
+
+
+@lru_cache(maxsize=64)
+def _automaton(words: tuple[bytes, ...]) -> BadWordAutomaton:
+    """Shared by all sequences that bar the same words, as the choices of a request do."""
+    return BadWordAutomaton(words)
 
 
 class _Constraints:
@@ -56,7 +67,7 @@ class _Constraints:
             self._bias = (ids, torch.tensor(list(sampling.logit_bias.values()), device=device))
         if sampling.bad_words:
             assert table is not None
-            self._bad_words = (BadWordAutomaton(sampling.bad_words), table)
+            self._bad_words = (_automaton(sampling.bad_words), table)
             self._bad_word_state = self._bad_words[0].start
 
     def catch_up(self) -> None:
@@ -117,7 +128,7 @@ class Sampler:
         raw = logits.float()
         scores = self.processed(sequences, raw)
         token_ids = self._draw(sequences, scores)
-        broken = (torch.isnan(raw) | (raw == float("inf"))).any(dim=-1)
+        broken = no_numbers(raw) | torch.isnan(scores).any(dim=-1)
         barred = scores.max(dim=-1).values == processors.REMOVED
         logprobs = row_logprobs(raw, token_ids, [sequence.sampling.num_logprobs for sequence in sequences])
         sampled = []
@@ -137,7 +148,7 @@ class Sampler:
         scores = self._constrained(sequences, raw)
         parameters = [sequence.sampling for sequence in sequences]
         for value, is_on, process in _WARPERS:
-            rows = [row for row, p in enumerate(parameters) if p.temperature > 0 and is_on(p)]
+            rows = [row for row, p in enumerate(parameters) if p.temperature >= GREEDY_BELOW and is_on(p)]
             if rows:
                 index = torch.tensor(rows, device=raw.device)
                 values = torch.tensor([value(parameters[row]) for row in rows], device=raw.device)
@@ -180,7 +191,7 @@ class Sampler:
     def _draw(self, sequences: list[Sequence], scores: Tensor) -> Tensor:
         """[B] int64: the most likely token where the temperature is 0, else the Gumbel maximum."""
         token_ids = scores.argmax(dim=-1)
-        rows = [row for row, sequence in enumerate(sequences) if sequence.sampling.temperature > 0]
+        rows = [row for row, sequence in enumerate(sequences) if sequence.sampling.temperature >= GREEDY_BELOW]
         if rows:
             keys = [
                 draw_key(s.sampling.seed, s.choice_index, s.num_output_tokens) for s in (sequences[row] for row in rows)
@@ -201,6 +212,11 @@ _WARPERS: tuple[_Warper, ...] = (
 )
 
 
+def no_numbers(raw: Tensor) -> Tensor:
+    """[B] bool: the rows of logits that hold NaN or plus infinity, or nothing but minus infinity."""
+    return (torch.isnan(raw) | (raw == float("inf"))).any(dim=-1) | (raw == float("-inf")).all(dim=-1)
+
+
 def row_logprobs(raw: Tensor, token_ids: Tensor, counts: list[int | None]) -> list[TokenLogprobs | None]:
     """Log-probabilities under the model's own distribution: of `token_ids` [B], and of the `counts[row]` best."""
     result: list[TokenLogprobs | None] = [None] * len(counts)
@@ -210,7 +226,7 @@ def row_logprobs(raw: Tensor, token_ids: Tensor, counts: list[int | None]) -> li
     index = torch.tensor(rows, device=raw.device)
     logprobs = raw[index].float().log_softmax(dim=-1).clamp(min=LOWEST_LOGPROB)
     chosen = logprobs.gather(-1, token_ids[index][:, None])[:, 0].tolist()
-    most = min(max(count for count in counts if count is not None), raw.shape[-1])
+    most = min(max(NUM_RANKED, *(count for count in counts if count is not None)), raw.shape[-1])
     best, best_ids = (t.tolist() for t in torch.topk(logprobs, most, dim=-1))
     for position, row in enumerate(rows):
         count = counts[row] or 0

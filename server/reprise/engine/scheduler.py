@@ -148,12 +148,12 @@ class Scheduler:
 
     def restart(self, sequence: Sequence) -> None:
         """A running sequence begins its pass anew: what it shares with a failed one is not to be trusted."""
-        self.taint(sequence)
+        self.taint(sequence, 0)
         self._preempt(sequence)
 
-    def taint(self, sequence: Sequence) -> None:
-        """What this sequence's blocks hold is not to be trusted: nobody shall find it."""
-        self._pool.forget(sequence.block_ids)
+    def taint(self, sequence: Sequence, start: int) -> None:
+        """What this sequence's blocks hold from token `start` on is not to be trusted: nobody shall find it."""
+        self._pool.forget(sequence.block_ids[start // self._pool.block_size :])
 
     def finish(self, sequence: Sequence) -> bool:
         """End a sequence, whatever its status. False where it had ended before."""
@@ -201,14 +201,22 @@ class Scheduler:
     def _make_room(self, sequence: Sequence, num_tokens: int, plan: _Plan) -> bool:
         """Have blocks for `num_tokens`, preempting from the youngest. False: it had to give up its own."""
         while not self._grow(sequence, num_tokens):
-            victim = self._running[-1]
-            unscheduled = plan.remove(victim)
-            if unscheduled is not None:
-                self._pool.forget(victim.block_ids[unscheduled.start // self._pool.block_size :])
-            self._preempt(victim)
-            if victim is sequence:
+            self._drop(self._running[-1], plan)
+            if sequence.status is not SequenceStatus.RUNNING:
                 return False
         return True
+
+    def _drop(self, victim: Sequence, plan: _Plan) -> None:
+        """Preempt, and undo what this step planned: blocks that it will not compute, and whoever shares them."""
+        unscheduled = plan.remove(victim)
+        undone: set[int] = set()
+        if unscheduled is not None:
+            undone.update(victim.block_ids[unscheduled.start // self._pool.block_size :])
+            self._pool.forget(undone)
+        self._preempt(victim)
+        for scheduled in plan.batch:
+            if undone.intersection(scheduled.sequence.block_ids):
+                self._drop(scheduled.sequence, plan)
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
         missing = self._pool.num_blocks_for(num_tokens) - len(sequence.block_ids)

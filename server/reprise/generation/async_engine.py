@@ -18,6 +18,8 @@ from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 
+import msgspec
+
 from reprise.errors import GenerationError, ModelLoadError, UnavailableError
 from reprise.generation.interface import EngineState
 from reprise.generation.output_processor import OutputProcessor
@@ -156,6 +158,7 @@ class AsyncEngine:
         self._supervisor: asyncio.Task[None] | None = None
         self._loaded: asyncio.Future[None] | None = None
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
+        self._num_lives_unready = 0
         self.state = EngineState.STOPPED
         self.info: Ready | None = None
         self.stats = EngineStats()
@@ -173,6 +176,8 @@ class AsyncEngine:
     async def stop(self) -> None:
         """End the process; what is in flight raises UnavailableError in its streams."""
         self.state = EngineState.STOPPED
+        if self._loaded is not None and not self._loaded.done():
+            self._loaded.cancel()
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.gather(self._supervisor, return_exceptions=True)
@@ -210,7 +215,10 @@ class AsyncEngine:
         """Keep an engine process alive until it cannot be loaded or dies too often."""
         try:
             while True:
+                self._num_lives_unready += 1
                 await self._live()
+                if self._num_lives_unready >= MAX_DEATHS:
+                    raise ModelLoadError(f"the engine died {self._num_lives_unready} times while loading")
                 now = time.monotonic()
                 self._deaths.append(now)
                 recent = sum(1 for death in self._deaths if now - death < DEATH_WINDOW_SECONDS)
@@ -227,12 +235,22 @@ class AsyncEngine:
                 self._loaded.set_exception(error)
             else:
                 logger.error("the engine is lost: %s", error)
+        except Exception as error:
+            logger.exception("the supervisor of the engine failed")
+            self.state = EngineState.FAILED
+            self._fail_all(UnavailableError("the engine is lost"))
+            if self._loaded is not None and not self._loaded.done():
+                self._loaded.set_exception(error)
 
     async def _live(self) -> None:
         """One life of the engine process: from its start to its end of file. Raises ModelLoadError."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             process = await asyncio.to_thread(_spawn, theirs)
+        except OSError as error:
+            ours.close()
+            logger.error("an engine process could not be started: %s", error)
+            return
         finally:
             theirs.close()
         self._process = process
@@ -249,9 +267,9 @@ class AsyncEngine:
             self._writer.close()
             self._writer = None
             process.kill()
-            # Not awaited: this may be a cancelled task. A killed process ends at once.
-            process.join(STOP_SECONDS)
-            logger.info("the engine process ended", extra={"exit_code": process.exitcode})
+            await asyncio.shield(asyncio.to_thread(process.join, STOP_SECONDS))
+            if self.state is not EngineState.STOPPED:
+                logger.warning("the engine process ended", extra={"exit_code": process.exitcode})
 
     def _receive(self, message: FromEngine) -> None:
         self.last_progress = time.monotonic()
@@ -265,8 +283,12 @@ class AsyncEngine:
                 if self._on_progress is not None:
                     self._on_progress(message)
             case Ready():
+                self._check_same(message)
                 self.info = message
                 self.state = EngineState.READY
+                self._num_lives_unready = 0
+                config = msgspec.structs.replace(self._start_message.config, kv_cache_memory=message.kv_cache_memory)
+                self._start_message = msgspec.structs.replace(self._start_message, config=config)
                 for choice in self._choices.values():
                     self._send(choice.message())
                 if self._loaded is not None and not self._loaded.done():
@@ -274,17 +296,23 @@ class AsyncEngine:
             case LoadFailed(text):
                 raise ModelLoadError(text)
 
+    def _check_same(self, ready: Ready) -> None:
+        """A stream must not go on with other weights. Raises ModelLoadError."""
+        if self.info is not None and self.info.weights_fingerprint != ready.weights_fingerprint:
+            raise ModelLoadError("the weights on disk are no longer those that were served")
+
     def _deliver(self, output: SequenceOutput) -> None:
         choice = self._choices.get(output.sequence_id)
         if choice is None:
-            return
-        if output.position != len(choice.processor.output_token_ids):
-            logger.error("the engine sent tokens out of order; they are dropped")
             return
         try:
             delta = choice.processor.push(output)
         except GenerationError as error:
             self._end(choice, error)
+            return
+        except Exception:
+            logger.exception("a choice's tokens could not be made into text")
+            self._end(choice, GenerationError("the tokens could not be made into text", code="internal_error"))
             return
         if delta is not None:
             choice.stream.put(delta)

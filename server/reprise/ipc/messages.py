@@ -95,6 +95,8 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     max_model_len: int
     num_kv_tokens: int
     """Tokens that the KV pool holds in all."""
+    kv_cache_memory: int
+    """Bytes of the pool: what the next life of the engine is given, so that what ran in this one fits."""
     max_sequence_tokens: int
     """Tokens that one sequence can have, prompt and output: the smaller of context and pool."""
     max_num_seqs: int
