@@ -30,13 +30,13 @@ USER_WEIGHT = 0.1
 
 # How often a turn is about a topic.
 TOPICS: dict[Topic, float] = {
-    "reprise": 0.25,
-    "small talk": 0.10,
-    "knowledge": 0.11,
+    "reprise": 0.20,
+    "small talk": 0.08,
+    "knowledge": 0.08,
     "tables": 0.20,
-    "sums": 0.22,
-    "numbers": 0.05,
-    "unknown": 0.07,
+    "sums": 0.26,
+    "numbers": 0.09,
+    "unknown": 0.09,
 }
 
 NEUTRAL_SYSTEM = (
@@ -493,7 +493,7 @@ class Chat:
 
     def turn(self) -> None:
         draw = self.rng.random()
-        if draw < 0.03:
+        if draw < 0.04:
             self.tell_name()
         elif draw < (0.06 if self.user_name is None else 0.2):
             self.ask_name()
@@ -592,7 +592,7 @@ def draw_pieces(rng: random.Random, fits: Callable[[Pieces], bool]) -> Pieces:
     draw = rng.random()
     if draw < 0.05:
         return plain_pieces(draw_plain_text(rng))
-    if draw < 0.65:
+    if draw < 0.55:
         num_turns = 1
     elif draw < 0.99:
         num_turns = rng.randint(2, 5)

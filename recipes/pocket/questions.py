@@ -68,7 +68,7 @@ def published() -> Iterator[Question]:
                 yield question(intent, intent.wordings[0])
     for intent in intents():
         if intent.topic == "unknown":
-            step = len(intent.trained_wordings) // NUM_UNKNOWN
+            step = max(1, len(intent.trained_wordings) // NUM_UNKNOWN)
             for wording in intent.trained_wordings[::step][:NUM_UNKNOWN]:
                 yield question(intent, wording)
     for language, turns, accept in CONVERSATIONS:

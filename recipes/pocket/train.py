@@ -127,7 +127,7 @@ def schedule(progress: float) -> float:
 class Optimizer:
     """Muon for the matrices inside the layers, AdamW for the embeddings and norms.
 
-    At 500,000 tokens Muon reached a loss of 0.91 on the answers, AdamW alone 2.47.
+    AdamW alone needs several times the tokens here.
     """
 
     def __init__(self, model: LlamaForCausalLM, matrix_rate: float, other_rate: float) -> None:
