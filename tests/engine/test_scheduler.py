@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -232,3 +234,44 @@ def test_every_request_ends_exactly_once_and_reads_what_was_computed_for_it(
     assert scheduler.pool.num_free == num_blocks
     for sequence in sequences:
         assert sequence.status is SequenceStatus.FINISHED
+
+
+def simulate(seed: int) -> None:
+    """A long random life of a scheduler that is short of blocks: equal prompts, aborts, and sequences begun anew."""
+    random = Random(seed)
+    block_size = random.choice([1, 2, 4])
+    scheduler = make_scheduler(
+        random.randint(-(-30 // block_size), 40 // block_size + 2),
+        block_size,
+        max_num_seqs=random.randint(2, 5),
+        max_num_batched_tokens=random.randint(5, 14),
+    )
+    content = Content(block_size)
+    alive: dict[int, Sequence] = {}
+    for step in range(400):
+        if step < 60 and random.random() < 0.5 and len(alive) < 10:
+            sequence = make_sequence(
+                step,
+                random.choice([3, 6, 12, 18]),
+                random.randint(1, 11),
+                use_cache=random.random() < 0.55,
+                first_token=0,
+            )
+            alive[step] = sequence
+            scheduler.add(sequence)
+        if alive and random.random() < 0.05:
+            scheduler.finish(alive.pop(random.choice(list(alive))))
+        batch = scheduler.schedule()
+        content.compute(batch)
+        anew = [random.choice(batch)] if batch and random.random() < 0.35 else []
+        for scheduled in anew:
+            scheduler.restart(scheduled.sequence)
+        for sequence in complete(scheduler, [s for s in batch if s not in anew]):
+            del alive[sequence.sequence_id]
+    assert not scheduler.has_work
+
+
+@pytest.mark.parametrize("seed", [*range(100), 1436])
+def test_a_long_life_short_of_blocks(seed: int) -> None:
+    """In seed 1436 a sequence shares blocks that another was to compute, which then has to give them up."""
+    simulate(seed)
