@@ -3,7 +3,8 @@
 VENV ?= .venv
 MODEL ?= pocket
 ARGS ?=
-PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist loadgroup
+# A worker a core, hyperthreads counted: most tests wait for servers. Tests of one server share a worker.
+PYTEST_ARGS ?= -n logical --maxprocesses 4 --dist loadgroup
 
 python := $(VENV)/bin/python
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import reprise
 from reprise.cli import cli
 from reprise.config import load_settings
 from reprise.errors import ConfigError
+from reprise.exit_code import ExitCode
 from reprise.settings import Settings, environment_name
 
 COMMAND = [sys.executable, "-m", "reprise.cli"]
@@ -88,6 +90,31 @@ def test_a_mistyped_command_gets_the_nearest_right_one(arguments: list[str], mes
     result = invoke(*arguments)
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_a_mistyped_flag_gets_the_nearest_alone() -> None:
+    assert "--host" not in invoke("serve", "--prot", "1").output
+
+
+def test_help_tells_every_exit_code() -> None:
+    text = " ".join(invoke("serve", "--help").output.split())
+    for code in ExitCode:
+        assert re.search(rf"\b{code.value} [a-z]", text.partition("Exit codes:")[2])
+    assert "1 the engine was lost, or a shutdown had to cut requests off after drain_timeout" in text
+
+
+def test_the_text_of_a_template_file_reaches_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Settings, str | None]] = []
+
+    def run(settings: Settings, *, chat_template: str | None) -> int:
+        seen.append((settings, chat_template))
+        return ExitCode.OK
+
+    monkeypatch.setattr("reprise.serve.run", run)
+    file = tmp_path / "template.jinja"
+    file.write_text("{{ messages }}")
+    assert invoke("serve", "--chat-template", str(file)).exit_code == 0
+    assert seen == [(Settings(chat_template=file), "{{ messages }}")]
 
 
 def test_bad_settings_end_with_code_2_and_every_problem() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from reprise.config import load_settings, resolve_settings
 from reprise.errors import ConfigError
 from reprise.ipc.messages import EngineConfig
 from reprise.settings import (
+    Notice,
     Settings,
     choices,
     environment_name,
     flag_name,
     kind,
     parse_size,
-    startup_warnings,
+    startup_notices,
 )
 
 
@@ -63,6 +65,7 @@ def test_every_setting_can_come_from_every_source(name: str, tmp_path: Path) -> 
     text = {
         "model": "m", "revision": "main", "served_model_name": "one", "chat_template": str(existing),
         "api_key_file": str(existing), "host": "::1", "cors_origins": "https://example.org",
+        "allowed_hosts": "example.org",
         "kv_cache_memory": "3MiB", "max_body_size": "3MiB", "gpu_memory_utilization": "0.5",
         "max_num_seqs": "65",
     }.get(name)  # fmt: skip
@@ -115,6 +118,35 @@ def test_every_problem_is_listed_with_its_source(tmp_path: Path) -> None:
             "--header-timeout: 'nan' is not a number of seconds above 0, without a unit",
         ]
     )
+
+
+def test_a_files_problems_come_in_the_order_of_its_lines_before_all_others(tmp_path: Path) -> None:
+    file = write(tmp_path, "# a comment\nport: x\nprot: 1\n" + "\n" * 6 + "dtype: fp16\ntier: 1\nnum_thread: 1\n")
+    found = problems({"host": ""}, {"REPRISE_DEVIC": "cpu"}, file)
+    assert [problem.removeprefix(f"{file}:").split(":")[0] for problem in found[:5]] == ["2", "3", "10", "11", "12"]
+    assert {problem.split()[0].strip(":") for problem in found[5:]} == {"REPRISE_DEVIC", "--host"}
+
+
+def test_a_template_is_read_once_and_handed_on(tmp_path: Path) -> None:
+    file = tmp_path / "template.jinja"
+    file.write_text("{{ messages }}é", encoding="utf-8")
+    resolved = resolve_settings({"chat_template": str(file)}, {}, None)
+    assert resolved.chat_template == "{{ messages }}é"
+    assert resolved.settings.chat_template == file
+    assert resolve_settings({}, {}, None).chat_template is None
+
+
+def test_pocket_is_refused_where_it_could_be_a_model_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pocket").mkdir()
+    assert load_settings({"model": "pocket"}, {}, None) == Settings()  # a directory without a model
+    (tmp_path / "pocket/config.json").write_text("{}")
+    (problem,) = problems({"model": "pocket"})
+    assert problem.startswith("MODEL: 'pocket' is the bundled model, but")
+    assert "write ./pocket for the directory" in problem
+    assert problems(environ={"REPRISE_MODEL": "pocket"})[0].startswith("REPRISE_MODEL: ")
+    assert load_settings({"model": "./pocket"}, {}, None).model_path == "./pocket"
+    assert load_settings({}, {}, None).model_path.endswith("/reprise/pocket")
 
 
 @pytest.mark.parametrize(
@@ -191,13 +223,25 @@ def test_variables_that_kubernetes_sets_get_their_remedy() -> None:
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])  # noqa: S104 # what the test is about
 def test_all_addresses_without_a_key_is_warned_of(host: str) -> None:
-    assert "without an API key" in startup_warnings(Settings(host=host))[0]
-    assert startup_warnings(Settings(host=host, api_key=["k"])) == []
+    (notice,) = startup_notices(Settings(host=host), in_container=False)
+    assert notice.level == logging.WARNING
+    assert "without an API key" in notice.text
+    assert startup_notices(Settings(host=host, api_key=["k"]), in_container=False) == []
 
 
-def test_no_warning_by_default() -> None:
-    assert startup_warnings(Settings()) == []
-    assert startup_warnings(Settings(host="localhost")) == []
+def test_in_a_container_all_addresses_are_told_of_but_not_warned_of() -> None:
+    settings = Settings(host="0.0.0.0", port=81)  # noqa: S104 # what the test is about
+    (notice,) = startup_notices(settings, in_container=True)
+    assert notice == Notice(logging.INFO, notice.text)
+    assert "where it is published" in notice.text
+    assert "127.0.0.1:81:81" in notice.text
+    assert startup_notices(settings.model_copy(update={"api_key": ["k"]}), in_container=True) == []
+
+
+def test_no_notice_by_default() -> None:
+    for in_container in (False, True):
+        assert startup_notices(Settings(), in_container=in_container) == []
+        assert startup_notices(Settings(host="localhost"), in_container=in_container) == []
 
 
 def test_engine_config_takes_over_every_field_that_the_engine_knows() -> None:

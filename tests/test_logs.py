@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ from typing import Literal
 
 import pytest
 
-from reprise.logs import BoundedQueueHandler, JsonFormatter, logging_to
+from reprise.logs import BoundedQueueHandler, JsonFormatter, logging_to, take_over
 
 logger = logging.getLogger("reprise.test")
 
@@ -86,6 +87,21 @@ def test_other_libraries_are_quiet_until_they_warn() -> None:
             other.warning("trouble")
         messages = [json.loads(line)["message"] for line in read(reader)]
     assert messages == ["ours", "trouble"]
+
+
+def test_a_library_with_a_handler_of_its_own_logs_through_ours_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = logging.getLogger("huggingface_hub")
+    importlib.import_module("huggingface_hub.utils.logging")
+    monkeypatch.setattr(library, "handlers", [logging.StreamHandler()])
+    monkeypatch.setattr(library, "propagate", False)
+    with pipe() as (reader, writer):
+        with logging_to(writer):
+            take_over("huggingface_hub")
+            logging.getLogger("huggingface_hub.utils._http").warning("trouble")
+        assert [json.loads(line)["message"] for line in read(reader)] == ["trouble"]
+    assert capsys.readouterr().err == ""
 
 
 def test_python_warnings_are_logged() -> None:

@@ -6,13 +6,16 @@ import io
 import json
 import logging
 import shlex
+from unittest.mock import create_autospec
 
 import pytest
 from rich.console import Console
 
+from reprise.generation.async_engine import AsyncEngine
 from reprise.ipc.messages import LoadProgress, Ready
+from reprise.logs import JsonFormatter
 from reprise.settings import Settings
-from reprise.startup import LoadingDisplay, base_url, summary, try_command
+from reprise.startup import LoadingDisplay, announce, base_url, summary, try_command
 
 READY = Ready(
     tier="paged",
@@ -25,6 +28,7 @@ READY = Ready(
     vocab_size=49152,
     max_model_len=8192,
     num_kv_tokens=131_072,
+    kv_cache_memory=2**30,
     max_sequence_tokens=8192,
     max_num_seqs=64,
     weights_fingerprint="f",
@@ -47,6 +51,18 @@ def test_summary_says_what_is_served_where_and_how_to_try_it() -> None:
         try_command(settings, has_chat_template=True),
     ):
         assert fact in text
+
+
+def test_for_machines_a_start_has_the_command_to_try_and_nothing_of_the_wire(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="reprise")
+    engine = create_autospec(AsyncEngine, instance=True, info=READY)
+    announce(Settings(model="some/model"), engine, has_chat_template=True)
+    record = json.loads(JsonFormatter().format(caplog.records[0]))
+    assert record["message"] == "serving some/model"
+    assert record["url"] == "http://127.0.0.1:8000"
+    assert record["try"] == try_command(Settings(model="some/model"), has_chat_template=True)
+    assert record["engine"] == {name: getattr(READY, name) for name in Ready.__struct_fields__}
+    assert "type" not in record["engine"]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +96,7 @@ def test_the_command_to_try_is_one_request_for_the_shell(has_chat_template: bool
 def test_without_a_terminal_each_stage_is_a_line(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="reprise")
     with LoadingDisplay(Console(file=io.StringIO())) as display:
-        for stage, fraction in (("weights", 0.0), ("weights", 0.5), ("weights", 1.0), ("checks", 1.0)):
+        for stage, fraction in (("loading weights", 0.0), ("loading weights", 0.5), ("checks", 1.0)):
             display.show(LoadProgress(stage=stage, fraction=fraction))
     assert caplog.messages == ["loading: weights", "loading: checks"]
 
@@ -89,8 +105,9 @@ def test_on_a_terminal_there_is_a_bar_that_goes_away(caplog: pytest.LogCaptureFi
     caplog.set_level(logging.INFO, logger="reprise")
     screen = io.StringIO()
     with LoadingDisplay(Console(file=screen, force_terminal=True, width=100)) as display:
-        display.show(LoadProgress(stage="weights", fraction=0.5))
+        display.show(LoadProgress(stage="loading weights", fraction=0.5))
         display.close()
     assert "weights" in screen.getvalue()
+    assert "loading weights" not in screen.getvalue()
     assert "50%" in screen.getvalue()
     assert caplog.messages == []

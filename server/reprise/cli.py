@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import sys
@@ -61,7 +62,8 @@ class SettingsCommand(click.Command):
         except click.NoSuchOption as error:
             if error.option_name == "--model":
                 raise click.UsageError("The model is no option but the argument: reprise serve MODEL", ctx) from None
-            raise
+            nearest = difflib.get_close_matches(error.option_name, error.possibilities or [], n=1)
+            raise click.NoSuchOption(error.option_name, possibilities=nearest, ctx=ctx) from None
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
@@ -104,12 +106,13 @@ def serve_command(config: Path | None, **flags: Any) -> None:
     A setting is taken from its flag, else from its environment variable, else from the --config file, else it
     has its default. A list is a flag given several times, or a variable with commas in it.
 
-    Exit codes: 0 ended as asked, 1 engine lost or requests cut off, 2 settings unusable, 3 model not loadable.
+    Exit codes: 0 ended as asked; 1 the engine was lost, or a shutdown had to cut requests off after drain_timeout;
+    2 settings unusable; 3 model not loadable.
     """
-    settings = _resolve(config, flags).settings
+    resolved = _resolve(config, flags)
     from reprise.serve import run
 
-    sys.exit(run(settings))
+    sys.exit(run(resolved.settings, chat_template=resolved.chat_template))
 
 
 @cli.command(cls=SettingsCommand, name="config", short_help="Show the settings that `serve` would use.")

@@ -6,6 +6,7 @@ A setting's value is the first of: its flag, its environment variable, its key i
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, get_origin
@@ -14,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from reprise.errors import ConfigError
-from reprise.settings import Settings, environment_name, flag_name, kind
+from reprise.settings import BUNDLED_MODEL, Settings, environment_name, flag_name, kind
 
 __all__ = ["ResolvedSettings", "Settings", "load_settings", "resolve_settings"]
 
@@ -30,10 +31,11 @@ class Sourced(NamedTuple):
 
 
 class ResolvedSettings(NamedTuple):
-    """Settings and, for those that are not defaults, where each came from."""
+    """Settings and, for those that are not defaults, where each came from; and the text of `chat_template`'s file."""
 
     settings: Settings
     sources: dict[str, str]
+    chat_template: str | None = None
 
 
 def load_settings(flags: Mapping[str, Any], environ: Mapping[str, str], config_file: Path | None) -> Settings:
@@ -57,15 +59,27 @@ def resolve_settings(
     flag_values = {flag_name(name): Sourced(value, flag_name(name)) for name, value in flags.items()}
     given |= _known(flag_values, {flag_name(name): name for name in Settings.model_fields}, problems)
     values = {name: _normalised(name, sourced) for name, sourced in given.items()}
-    _read_files(values, given, problems)
+    chat_template = _read_file_setting("chat_template", values, given, problems)
+    _add_keys(values, given, problems)
+    _check_bundled_name(given, problems)
     settings = _validated(values, given, problems)
     if problems or settings is None:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise ConfigError("\n  ".join([f"{count} in the settings:", *problems]))
+        raise ConfigError("\n  ".join([f"{count} in the settings:", *_by_line(problems, config_file)]))
     sources = {name: sourced.source for name, sourced in given.items()}
     if "api_key_file" in sources:
         sources.setdefault("api_key", sources["api_key_file"])
-    return ResolvedSettings(settings, sources)
+    return ResolvedSettings(settings, sources, chat_template)
+
+
+def _by_line(problems: list[str], config_file: Path | None) -> list[str]:
+    """The file's problems first, in the order of its lines; the others as they are."""
+
+    def line(problem: str) -> float:
+        number = problem.removeprefix(f"{config_file}:").partition(":")[0]
+        return int(number) if problem.startswith(f"{config_file}:") and number.isdigit() else math.inf
+
+    return sorted(problems, key=line)
 
 
 def _is_ours(name: str, value: str) -> bool:
@@ -132,29 +146,44 @@ def _normalised(name: str, given: Sourced) -> Any:
     return list(given.value) if isinstance(given.value, list | tuple) else [given.value]
 
 
-def _read_files(values: dict[str, Any], given: Mapping[str, Sourced], problems: list[str]) -> None:
-    """Check that files named by settings can be read, and join the keys of `api_key_file` to `api_key`."""
-    for name in ("chat_template", "api_key_file"):
-        if not isinstance(values.get(name), str | Path):
-            continue
-        try:
-            text = Path(values[name]).read_text(encoding="utf-8")
-        except OSError as error:
-            problems.append(f"{given[name].source}: {str(values[name])!r} cannot be read: {error.strerror}")
-            continue
-        except UnicodeDecodeError:
-            problems.append(f"{given[name].source}: {str(values[name])!r} is not UTF-8")
-            continue
-        if name == "api_key_file":
-            keys = [line.strip() for line in text.splitlines() if line.strip()]
-            if not keys:
-                problems.append(f"{given[name].source}: {str(values[name])!r} has no key: one a line")
-            values["api_key"] = [*values.get("api_key", []), *keys]
+def _read_file_setting(
+    name: str, values: Mapping[str, Any], given: Mapping[str, Sourced], problems: list[str]
+) -> str | None:
+    """The text of the file that a setting names; None where it names none, or one that cannot be read."""
+    if not isinstance(values.get(name), str | Path):
+        return None
+    try:
+        return Path(values[name]).read_text(encoding="utf-8")
+    except OSError as error:
+        problems.append(f"{given[name].source}: {str(values[name])!r} cannot be read: {error.strerror}")
+    except UnicodeDecodeError:
+        problems.append(f"{given[name].source}: {str(values[name])!r} is not UTF-8")
+    return None
+
+
+def _add_keys(values: dict[str, Any], given: Mapping[str, Sourced], problems: list[str]) -> None:
+    """Join the keys of `api_key_file` to `api_key`."""
+    text = _read_file_setting("api_key_file", values, given, problems)
+    if text is None:
+        return
+    keys = [line.strip() for line in text.splitlines() if line.strip()]
+    if not keys:
+        problems.append(f"{given['api_key_file'].source}: {str(values['api_key_file'])!r} has no key: one a line")
+    values["api_key"] = [*values.get("api_key", []), *keys]
+
+
+def _check_bundled_name(given: Mapping[str, Sourced], problems: list[str]) -> None:
+    """Refuse the bundled model's name, where written, if it could as well be that of a model directory here."""
+    if "model" in given and given["model"].value == BUNDLED_MODEL and Path(BUNDLED_MODEL, "config.json").exists():
+        problems.append(
+            f"{given['model'].source}: {BUNDLED_MODEL!r} is the bundled model, but a directory of that name is here"
+            f" too: write ./{BUNDLED_MODEL} for the directory, or leave MODEL out for the bundled model"
+        )
 
 
 def _validated(values: Mapping[str, Any], given: Mapping[str, Sourced], problems: list[str]) -> Settings | None:
     """The settings; None with problems added where a value is wrong."""
-    mistyped = {name for name, value in values.items() if isinstance(value, bool) and not _is_switch(name)}
+    mistyped = [name for name, value in values.items() if isinstance(value, bool) and not _is_switch(name)]
     problems.extend(_wrong(name, values[name], given) for name in mistyped)
     try:
         return Settings.model_validate({name: values[name] for name in values if name not in mistyped})

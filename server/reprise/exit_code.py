@@ -4,7 +4,10 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """Exit codes of `reprise serve`."""
+    """Exit codes of `reprise serve`.
+
+    1 is work that was lost: the engine's, for good, or that of requests which a shutdown had to cut off.
+    """
 
     OK = 0
     ENGINE_LOST = 1

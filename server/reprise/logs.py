@@ -6,6 +6,7 @@ Records say ids, counts and times; never prompts, outputs or keys.
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -115,6 +116,15 @@ class Writer:
                 data = data[os.write(self._descriptor, data) :]
         except OSError:
             self._handler.num_dropped += 1
+
+
+def take_over(*libraries: str) -> None:
+    """Let libraries that print their records themselves, as they do once imported, leave them to the root."""
+    for name in libraries:
+        importlib.import_module(f"{name}.utils.logging")
+        library = logging.getLogger(name)
+        library.handlers.clear()
+        library.propagate = True
 
 
 @contextmanager

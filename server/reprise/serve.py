@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 
 import uvloop
 
@@ -16,8 +16,9 @@ from reprise.errors import ModelLoadError
 from reprise.exit_code import ExitCode
 from reprise.generation.async_engine import AsyncEngine, start_fork_server
 from reprise.generation.interface import Engine, EngineState
-from reprise.logs import logging_to
-from reprise.settings import Settings, startup_warnings
+from reprise.hub import comes_from_hub, endpoint, find_on_hub, go_offline_if_unreachable
+from reprise.logs import logging_to, take_over
+from reprise.settings import Settings, in_container, startup_notices
 from reprise.startup import LoadingDisplay, announce
 from reprise.text.tokenizer import Tokenizer
 from reprise.text.torch_free import keep_torch_out
@@ -28,24 +29,21 @@ WATCH_INTERVAL = 0.5
 """Seconds between two looks at whether the engine is lost."""
 
 
-def run(settings: Settings) -> int:
+def run(settings: Settings, *, chat_template: str | None = None) -> int:
     """Serve until a signal, or until there is nothing left to serve with. Returns the exit code.
 
+    chat_template: the text of a template that replaces the model's own.
     Raises ConfigError where the address cannot be listened on: before anything is loaded, and from then on
     connections wait instead of being refused.
     """
     with logging_to(level=settings.log_level, log_format=settings.log_format):
-        for warning in startup_warnings(settings):
-            logger.warning(warning)
+        for notice in startup_notices(settings, in_container=in_container()):
+            logger.log(notice.level, notice.text)
         listeners = bind(settings)
         try:
             with LoadingDisplay() as display:
                 display.show_stage("tokenizer")
-                start_fork_server()  # its imports take as long as ours, beside them
-                keep_torch_out()
-                tokenizer = Tokenizer.load(
-                    settings.model_path, revision=settings.revision, chat_template=read_template(settings.chat_template)
-                )
+                tokenizer = load_tokenizer(settings.model_path, settings.revision, chat_template)
                 return uvloop.run(_serve(settings, listeners, tokenizer, display))
         except ModelLoadError as error:
             logger.error("cannot serve %s: %s", settings.model, error)
@@ -54,14 +52,19 @@ def run(settings: Settings) -> int:
             return ExitCode.OK
 
 
-def read_template(path: Path | None) -> str | None:
-    """The text of a chat template file. Raises ModelLoadError where it cannot be read."""
-    if path is None:
-        return None
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelLoadError(f"the chat template {path} cannot be read: {error}") from error
+def load_tokenizer(model: str, revision: str | None, chat_template: str | None) -> Tokenizer:
+    """The tokenizer of a directory or hub id; beside it the fork server begins. Raises ModelLoadError."""
+    from_hub = comes_from_hub(model)
+    unreachable = None
+    if from_hub:
+        logger.info("there is no directory %r here: asking the hub, %s", model, endpoint(os.environ))
+        unreachable = go_offline_if_unreachable(os.environ)  # what is imported from here on reads it, in children too
+    start_fork_server()  # its imports take as long as ours, beside them
+    keep_torch_out()
+    take_over("huggingface_hub", "transformers")
+    if from_hub:
+        find_on_hub(model, revision, unreachable=unreachable)
+    return Tokenizer.load(model, revision=revision, chat_template=chat_template)
 
 
 async def _serve(

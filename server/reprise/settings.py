@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from importlib import resources
 from ipaddress import ip_address
@@ -147,6 +148,12 @@ class Settings(BaseModel):
     cors_origins: Annotated[list[Text], Kind("ORIGIN", "an origin such as https://example.org, or a list")] = _setting(
         list, "HTTP", "Origin whose web pages may call this server; * is any. Give it again for further ones."
     )
+    allowed_hosts: Annotated[list[Text], Kind("NAME", "a host name such as example.org, or a list")] = _setting(
+        list,
+        "HTTP",
+        "Name that requests may have in their Host header; * is any. By default localhost and the loopback"
+        " addresses where HOST is one, else any. Give it again for further ones.",
+    )
     metrics: Switch = _setting(default=True, group="HTTP", description="Offer /metrics for Prometheus.")
     public_metrics: Switch = _setting(
         default=False, group="HTTP", description="Offer /metrics without a key where there are keys."
@@ -208,16 +215,43 @@ class Settings(BaseModel):
         )
 
 
-def startup_warnings(settings: Settings) -> list[str]:
-    """What is allowed but probably not meant, one sentence each."""
-    found = []
-    if _is_wildcard(settings.host) and not settings.api_key:
-        found.append(
+class Notice(NamedTuple):
+    """A sentence for the operator, and its level as `logging` counts them."""
+
+    level: int
+    text: str
+
+
+def startup_notices(settings: Settings, *, in_container: bool) -> list[Notice]:
+    """What is allowed but perhaps not meant.
+
+    In a container all addresses are the right ones to listen on: who can reach them is decided where its port is
+    published, which cannot be seen from inside.
+    """
+    if not _is_wildcard(settings.host) or settings.api_key:
+        return []
+    if in_container:
+        return [
+            Notice(
+                logging.INFO,
+                f"no API key is set: whoever reaches port {settings.port} of this container, where it is published,"
+                f" can use this server. Publish it as 127.0.0.1:{settings.port}:{settings.port}, or set"
+                " REPRISE_API_KEY.",
+            )
+        ]
+    return [
+        Notice(
+            logging.WARNING,
             f"listening on all addresses ({settings.host}) without an API key: whoever reaches port"
             f" {settings.port} can use this server. Set REPRISE_API_KEY or --api-key-file,"
-            " or --host 127.0.0.1."
+            " or --host 127.0.0.1.",
         )
-    return found
+    ]
+
+
+def in_container() -> bool:
+    """Whether Docker or Podman runs this process."""
+    return any(Path(mark).exists() for mark in ("/.dockerenv", "/run/.containerenv"))
 
 
 def _is_wildcard(host: str) -> bool:

@@ -52,9 +52,11 @@ class LoadingDisplay:
 
     def show(self, progress: LoadProgress) -> None:
         if self._bar is not None:
-            self._bar.update(self._task, description=progress.stage, completed=progress.fraction)
+            self._bar.update(
+                self._task, description=progress.stage.removeprefix("loading "), completed=progress.fraction
+            )
         elif progress.stage != self._stage:
-            logger.info("loading: %s", progress.stage)
+            logger.info("loading: %s", progress.stage.removeprefix("loading "))
         self._stage = progress.stage
 
     def show_stage(self, stage: str) -> None:
@@ -73,7 +75,12 @@ def announce(settings: Settings, engine: Engine, *, has_chat_template: bool) -> 
     if info is None:
         raise RuntimeError("an engine that has started tells what it loaded")
     text = summary(settings, info, has_chat_template=has_chat_template)
-    extra = {"plain": text, "url": base_url(settings), "engine": msgspec.to_builtins(info)}
+    extra = {
+        "plain": text,
+        "url": base_url(settings),
+        "try": try_command(settings, has_chat_template=has_chat_template),
+        "engine": msgspec.structs.asdict(info),
+    }
     logger.info("serving %s", ", ".join(settings.model_names), extra=extra)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from reprise_client import APIError, AsyncClient, Client, ConnectionFailedError, StreamBrokenError
+from reprise_client import APIError, AsyncClient, Client, ConnectionFailedError, Prompt, StreamBrokenError
 from reprise_client.wire import StreamDecoder, root_url
 
 Handler = Callable[[httpx.Request], httpx.Response]
@@ -51,6 +51,33 @@ def test_parameters_are_sent_as_they_are() -> None:
         "use_cache": False,
         "stop": ["\n"],
     }
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sent"),
+    [
+        ("Hello", "Hello"),
+        ((1, 2), [1, 2]),
+        (("a", "b"), ["a", "b"]),
+        ([range(2), (7,)], [[0, 1], [7]]),
+    ],
+)
+def test_a_prompt_is_text_token_ids_or_a_list_of_either(prompt: Prompt, sent: object) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        seen.append(json.loads(request.content))
+        return httpx.Response(400)
+
+    async def ask_awaited() -> None:
+        async with AsyncClient(model="m", transport=httpx.MockTransport(handler)) as reprise:
+            await reprise.complete(prompt)
+
+    with client(handler) as reprise, pytest.raises(APIError):
+        reprise.complete(prompt)
+    with pytest.raises(APIError):
+        asyncio.run(ask_awaited())
+    assert [body["prompt"] for body in seen] == [sent, sent]
 
 
 def test_the_model_is_asked_for_once() -> None:

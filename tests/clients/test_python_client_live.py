@@ -52,6 +52,12 @@ def test_completion_of_text_and_of_token_ids(client: Client) -> None:
     assert client.complete([1, 2, 3], max_tokens=3, ignore_eos=True).usage.prompt_tokens == 3
 
 
+def test_several_prompts_at_once_are_answered_in_their_order(client: Client) -> None:
+    single = [client.complete(text, max_tokens=4, temperature=0, ignore_eos=True).text for text in ("Hello", "Paris")]
+    together = client.complete(["Hello", "Paris"], max_tokens=4, temperature=0, ignore_eos=True)
+    assert [choice.text for choice in together.choices] == single
+
+
 def test_a_stream_of_two_choices(client: Client) -> None:
     whole = client.complete("Hello", max_tokens=8, n=2, seed=3)
     with client.stream_complete("Hello", max_tokens=8, n=2, seed=3) as stream:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import logging
 import re
 import shlex
 from pathlib import Path
@@ -15,7 +16,7 @@ from click.testing import CliRunner
 
 from reprise.cli import cli
 from reprise.config import load_settings
-from reprise.settings import Settings, environment_name
+from reprise.settings import Settings, environment_name, startup_notices
 
 ROOT = Path(__file__).parents[2]
 SETTING_VARIABLES = {environment_name(name) for name in Settings.model_fields} | {"REPRISE_CONFIG"}
@@ -127,6 +128,15 @@ class TestService:
     def test_is_published_on_this_machine_only(self, compose: dict[str, Any], name: str) -> None:
         (port,) = compose["services"][name]["ports"]
         assert port == "127.0.0.1:${PORT:-8000}:8000"
+
+    def test_starting_it_as_it_is_warns_of_nothing(
+        self, compose: dict[str, Any], instructions: list[tuple[str, str]], name: str
+    ) -> None:
+        variables = environment(instructions) | compose["services"][name]["environment"]
+        file = ROOT / variables.pop("REPRISE_CONFIG").replace("/etc/reprise", "configs")
+        settings = load_settings({}, variables | {"REPRISE_API_KEY": ""}, file)
+        (notice,) = startup_notices(settings, in_container=True)
+        assert notice.level == logging.INFO
 
     def test_its_settings_load_and_leave_time_to_drain(self, compose: dict[str, Any], name: str) -> None:
         service = compose["services"][name]

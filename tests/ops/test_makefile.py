@@ -36,12 +36,17 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def environment() -> dict[str, str]:
+    """This process's own, without what a `make` that runs these tests has put into it."""
+    given = ("MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "PORT", "PYTEST_ARGS")
+    return {name: value for name, value in os.environ.items() if name not in given}
+
+
 def make(checkout: Path, *arguments: str) -> list[str]:
     """What a target called."""
     log = checkout / "calls.log"
     log.unlink(missing_ok=True)
-    environ = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "PORT")}
-    subprocess.run([MAKE, *arguments], cwd=checkout, env=environ, check=True, capture_output=True, timeout=30)
+    subprocess.run([MAKE, *arguments], cwd=checkout, env=environment(), check=True, capture_output=True, timeout=30)
     return log.read_text().splitlines() if log.exists() else []
 
 
@@ -74,6 +79,18 @@ def test_a_set_up_that_failed_is_tried_again(checkout: Path) -> None:
 def test_test_installs_its_extras_and_runs_pytest(checkout: Path) -> None:
     calls = make(checkout, "test", "PYTEST_ARGS=-q -k x")
     assert calls == ["scripts/setup test", ".venv/bin/python -m pytest -q -k x"]
+
+
+def test_test_runs_in_parallel_and_ends_with_what_pytest_says_last(checkout: Path) -> None:
+    python = checkout / ".venv/bin/python"
+    python.write_text('#!/bin/sh\necho ".venv/bin/python $*" >>calls.log\necho "= 3 passed ="\nexit 1\n')
+    finished = subprocess.run(
+        [MAKE, "test"], cwd=checkout, env=environment(), check=False, capture_output=True, text=True, timeout=30
+    )
+    assert finished.returncode == 2
+    assert finished.stdout.splitlines()[-1] == "= 3 passed ="
+    call = (checkout / "calls.log").read_text().splitlines()[-1]
+    assert call == ".venv/bin/python -m pytest -n logical --maxprocesses 4 --dist loadgroup"
 
 
 def test_lint_checks_style_format_and_types(checkout: Path) -> None:

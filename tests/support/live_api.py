@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,9 +17,6 @@ from support.loopback import check_response, events
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
-
-LOGPROB_TOLERANCE = 1e-4
-"""Sums in another order, as in another batch, differ in the last bits."""
 
 Call = tuple[str, dict[str, Any]]
 """A path and a body."""
@@ -66,21 +62,8 @@ class Answer:
 
 
 def assert_same(found: Sequence[Choice], expected: Sequence[Choice]) -> None:
-    """Fail unless these are the same choices to the character; log-probabilities may differ in the last bits."""
-    assert len(found) == len(expected)
-    for one, other in zip(found, expected, strict=True):
-        assert replace(one, logprobs=None) == replace(other, logprobs=None)
-        assert _is_close(one.logprobs, other.logprobs), (one.logprobs, other.logprobs)
-
-
-def _is_close(one: Any, other: Any) -> bool:
-    if isinstance(one, float) and isinstance(other, float):
-        return math.isclose(one, other, abs_tol=LOGPROB_TOLERANCE)
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_is_close(one[name], other[name]) for name in one)
-    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        return len(one) == len(other) and all(_is_close(*pair) for pair in zip(one, other, strict=True))
-    return bool(one == other)
+    """Fail unless these are the same choices, to the character and the last bit of each log-probability."""
+    assert list(found) == list(expected)
 
 
 def of_response(body: dict[str, Any]) -> Answer:

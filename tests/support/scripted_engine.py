@@ -27,6 +27,7 @@ READY = Ready(
     vocab_size=512,
     max_model_len=256,
     num_kv_tokens=4096,
+    kv_cache_memory=2**20,
     max_sequence_tokens=256,
     max_num_seqs=64,
     weights_fingerprint="0123456789abcdef",

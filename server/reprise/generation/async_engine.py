@@ -245,14 +245,19 @@ class AsyncEngine:
     async def _live(self) -> None:
         """One life of the engine process: from its start to its end of file. Raises ModelLoadError."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        spawning = asyncio.ensure_future(asyncio.to_thread(_spawn, theirs))
+        # A thread cannot be cancelled: whatever becomes of this task, the socket is closed when it is done with it.
+        spawning.add_done_callback(lambda _: theirs.close())
         try:
-            process = await asyncio.to_thread(_spawn, theirs)
+            process = await asyncio.shield(spawning)
+        except asyncio.CancelledError:
+            # The engine, if it still comes to life, sees end of file and ends.
+            ours.close()
+            raise
         except OSError as error:
             ours.close()
             logger.error("an engine process could not be started: %s", error)
             return
-        finally:
-            theirs.close()
         self._process = process
         reader, self._writer = await asyncio.open_unix_connection(sock=ours)
         try:
@@ -268,8 +273,7 @@ class AsyncEngine:
             self._writer = None
             process.kill()
             await asyncio.shield(asyncio.to_thread(process.join, STOP_SECONDS))
-            if self.state is not EngineState.STOPPED:
-                logger.warning("the engine process ended", extra={"exit_code": process.exitcode})
+        logger.warning("the engine process ended", extra={"exit_code": process.exitcode})
 
     def _receive(self, message: FromEngine) -> None:
         self.last_progress = time.monotonic()

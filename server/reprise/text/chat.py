@@ -21,7 +21,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
         self._tokenizer = tokenizer
-        self._source = source
+        self.source = source
         self._knows_developer = "developer" in source
 
     def normalize(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -53,7 +53,7 @@ class ChatTemplate:
         try:
             rendered = self._tokenizer.apply_chat_template(
                 messages,
-                chat_template=self._source,
+                chat_template=self.source,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,

@@ -83,6 +83,11 @@ class Tokenizer:
         )
 
     @property
+    def chat_template_source(self) -> str | None:
+        """The Jinja text that messages are rendered by."""
+        return None if self._chat_template is None else self._chat_template.source
+
+    @property
     def has_chat_template(self) -> bool:
         return self._chat_template is not None
 

@@ -4,7 +4,7 @@ from reprise_client.client import Client, Stream
 from reprise_client.client_async import AsyncClient, AsyncStream
 from reprise_client.errors import APIError, ClientError, ConnectionFailedError, StreamBrokenError
 from reprise_client.results import Choice, Chunk, Completion, Usage
-from reprise_client.wire import Message
+from reprise_client.wire import Message, Prompt
 
 __all__ = [
     "APIError",
@@ -17,6 +17,7 @@ __all__ = [
     "Completion",
     "ConnectionFailedError",
     "Message",
+    "Prompt",
     "Stream",
     "StreamBrokenError",
     "Usage",

@@ -11,7 +11,7 @@ import httpx
 from reprise_client import wire
 from reprise_client.errors import ConnectionFailedError
 from reprise_client.results import Chunk, Completion
-from reprise_client.wire import Message
+from reprise_client.wire import Message, Prompt
 
 DEFAULT_TIMEOUT = httpx.Timeout(600.0, connect=5.0)
 """Seconds: 5 to connect, 600 between any two pieces of an answer."""
@@ -104,8 +104,8 @@ class Client:
         """The answer to a conversation; a string is one message of the user."""
         return self._complete(wire.CHAT_PATH, wire.chat_body(self._model_name(), messages, parameters, stream=False))
 
-    def complete(self, prompt: str | Sequence[int], **parameters: Any) -> Completion:
-        """The continuation of a text or of token ids."""
+    def complete(self, prompt: Prompt, **parameters: Any) -> Completion:
+        """The continuation of a text or of token ids, or of each prompt of a list."""
         return self._complete(
             wire.COMPLETION_PATH, wire.completion_body(self._model_name(), prompt, parameters, stream=False)
         )
@@ -114,7 +114,7 @@ class Client:
         """As `chat`, in pieces. The last chunk has the usage."""
         return self._stream(wire.CHAT_PATH, wire.chat_body(self._model_name(), messages, parameters, stream=True))
 
-    def stream_complete(self, prompt: str | Sequence[int], **parameters: Any) -> Stream:
+    def stream_complete(self, prompt: Prompt, **parameters: Any) -> Stream:
         """As `complete`, in pieces. The last chunk has the usage."""
         return self._stream(
             wire.COMPLETION_PATH, wire.completion_body(self._model_name(), prompt, parameters, stream=True)

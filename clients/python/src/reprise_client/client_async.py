@@ -10,7 +10,7 @@ import httpx
 from reprise_client import wire
 from reprise_client.client import DEFAULT_TIMEOUT, connection_errors
 from reprise_client.results import Chunk, Completion
-from reprise_client.wire import Message
+from reprise_client.wire import Message, Prompt
 
 
 class AsyncStream:
@@ -88,8 +88,8 @@ class AsyncClient:
         body = wire.chat_body(await self._model_name(), messages, parameters, stream=False)
         return await self._complete(wire.CHAT_PATH, body)
 
-    async def complete(self, prompt: str | Sequence[int], **parameters: Any) -> Completion:
-        """The continuation of a text or of token ids."""
+    async def complete(self, prompt: Prompt, **parameters: Any) -> Completion:
+        """The continuation of a text or of token ids, or of each prompt of a list."""
         body = wire.completion_body(await self._model_name(), prompt, parameters, stream=False)
         return await self._complete(wire.COMPLETION_PATH, body)
 
@@ -98,7 +98,7 @@ class AsyncClient:
         body = wire.chat_body(await self._model_name(), messages, parameters, stream=True)
         return await self._stream(wire.CHAT_PATH, body)
 
-    async def stream_complete(self, prompt: str | Sequence[int], **parameters: Any) -> AsyncStream:
+    async def stream_complete(self, prompt: Prompt, **parameters: Any) -> AsyncStream:
         """As `complete`, in pieces. The last chunk has the usage."""
         body = wire.completion_body(await self._model_name(), prompt, parameters, stream=True)
         return await self._stream(wire.COMPLETION_PATH, body)

@@ -10,6 +10,8 @@ from reprise_client.errors import APIError, StreamBrokenError
 from reprise_client.results import Choice, Chunk, Completion, Usage
 
 Message = Mapping[str, Any]
+Prompt = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
+"""A text or its token ids, or a list of either; choice `i * n + k` is then the k-th answer to prompt `i`."""
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETION_PATH = "/v1/completions"
@@ -33,11 +35,12 @@ def chat_body(
     return {"model": model, "messages": listed, **_streaming(stream=stream), **parameters}
 
 
-def completion_body(
-    model: str, prompt: str | Sequence[int], parameters: Mapping[str, Any], *, stream: bool
-) -> dict[str, Any]:
-    """A completion request for a text or for token ids."""
-    listed = prompt if isinstance(prompt, str) else list(prompt)
+def completion_body(model: str, prompt: Prompt, parameters: Mapping[str, Any], *, stream: bool) -> dict[str, Any]:
+    """A completion request for one prompt or several."""
+    if isinstance(prompt, str):
+        listed: str | list[Any] = prompt
+    else:
+        listed = [item if isinstance(item, str | int) else list(item) for item in prompt]
     return {"model": model, "prompt": listed, **_streaming(stream=stream), **parameters}
 
 
