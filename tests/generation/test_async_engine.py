@@ -266,3 +266,17 @@ async def test_stopping_while_loading_ends_the_start(directory: Path, tokenizer:
     await engine.stop()
     with pytest.raises(asyncio.CancelledError):
         await asyncio.wait_for(starting, 5.0)
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_to_the_whole_group_does_not_end_the_engine(
+    engine: AsyncEngine, tokenizer: Tokenizer, signal_number: signal.Signals
+) -> None:
+    """A drain needs it: the API process alone decides when the engine ends."""
+    before = engine.num_restarts
+    stream = engine.submit(request(tokenizer, end_token_ids=(), max_tokens=100))
+    await anext(stream)
+    assert engine.pid is not None
+    os.kill(engine.pid, signal_number)
+    assert (await collect(stream))[0].finish_reason is FinishReason.LENGTH
+    assert engine.num_restarts == before

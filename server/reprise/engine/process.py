@@ -36,9 +36,10 @@ logger = logging.getLogger(__name__)
 
 def run_engine(sock: socket.socket) -> None:
     """Serve the peer of `sock` until it closes. The first message says what to load."""
-    # A terminal sends Ctrl-C to the whole group; the API process decides when this one ends.
+    # A terminal sends Ctrl-C to the whole group, and systemd SIGTERM to the whole service; the API process decides when
+    # this one ends, after its streams.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # What transformers would print is either an error that we raise by name, or advice that nobody can follow here.
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
     connection: BlockingConnection[ToEngine] = BlockingConnection(sock, ToEngine)
