@@ -8,12 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reprise.api import chat, completions
+from reprise.api import chat
+from reprise.api.chat_chunks import ChatChunks, ChatFold
+from reprise.api.completion_chunks import CompletionChunks, CompletionFold
 from reprise.api.head import ResponseHead
+from reprise.api.respond import Fold
 from reprise.api.sampling import Served
 from reprise.errors import InvalidRequestError
 from reprise.protocol.requests import ChatCompletionRequest, CompletionRequest
-from reprise.protocol.responses import RepriseExtension
+from reprise.protocol.responses import RepriseExtension, finite
 from reprise.text.tokenizer import Tokenizer
 from reprise.text.vocabulary import Vocabulary
 from reprise.types import ChoiceDelta, FinishReason, GenerationRequest, LogprobEntry, LogprobToken, SamplingParams
@@ -109,8 +112,6 @@ def test_calls_and_refusals_as_templates_know_them() -> None:
     [
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"top_logprobs": 2, "logprobs": False}, "top_logprobs"),
-        ({"max_tokens": 0}, "max_tokens"),
-        ({"max_completion_tokens": 0, "max_tokens": 5}, "max_completion_tokens"),
         ({"n": 9}, "n"),
         ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
         ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template_kwargs.chat_template"),
@@ -188,6 +189,12 @@ def head_of(num_prompts: int, num_choices: int) -> ResponseHead:
     )
 
 
+def folded(fold: Fold[Any], chunks: list[Any]) -> msgspec.Struct:
+    for chunk in chunks:
+        fold.push(chunk)
+    return fold.result()
+
+
 def as_json(value: object) -> Any:
     return json.loads(msgspec.json.encode(value))
 
@@ -198,9 +205,9 @@ def test_a_chat_response_is_what_a_client_makes_of_its_stream(
 ) -> None:
     _, num_choices, deltas = run
     wanted = request(logprobs=logprobs, return_token_ids=token_ids)
-    chunks = chat.ChatChunks(head_of(1, num_choices), wanted, include_usage=True)
+    chunks = ChatChunks(head_of(1, num_choices), wanted, include_usage=True)
     made = [chunk for delta in deltas for chunk in chunks.push(delta)] + chunks.end()
-    whole, stream = as_json(chat.fold(made)), [as_json(chunk) for chunk in made]
+    whole, stream = as_json(folded(ChatFold(), made)), [as_json(chunk) for chunk in made]
 
     content: dict[int, str] = {}
     for chunk in stream:
@@ -241,11 +248,11 @@ def test_a_completion_is_what_a_client_makes_of_its_stream(
     made_for = [
         GenerationRequest(request_id=str(i), prompt_token_ids=[5, 6], sampling=sampling) for i in range(num_prompts)
     ]
-    chunks = completions.CompletionChunks(
+    chunks = CompletionChunks(
         head_of(num_prompts, num_choices), wanted, made_for, Vocabulary([b"a"] * 10, [], exact=True), include_usage=True
     )
     made = [chunk for delta in deltas for chunk in chunks.push(delta)] + chunks.end()
-    whole, stream = as_json(completions.fold(made)), [as_json(chunk) for chunk in made]
+    whole, stream = as_json(folded(CompletionFold(), made)), [as_json(chunk) for chunk in made]
     assert [choice["index"] for choice in whole["choices"]] == list(range(num_prompts * num_choices))
     for choice in whole["choices"]:
         index = choice["index"]
@@ -265,6 +272,6 @@ def test_a_completion_is_what_a_client_makes_of_its_stream(
 
 
 def test_minus_infinity_is_said_in_json() -> None:
-    assert chat.finite(float("-inf")) == -9999.0
-    assert chat.finite(float("nan")) == -9999.0
-    assert chat.finite(-0.5) == -0.5
+    assert finite(float("-inf")) == -9999.0
+    assert finite(float("nan")) == -9999.0
+    assert finite(-0.5) == -0.5

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from reprise.api import completions
+from reprise.api.completion_chunks import echoed_texts
 from reprise.api.sampling import Served
 from reprise.errors import ContextLengthError, InvalidRequestError
 from reprise.protocol.requests import CompletionRequest
@@ -109,6 +110,6 @@ def test_what_says_nothing_is_accepted(fields: dict[str, Any]) -> None:
 
 def test_echoed_texts(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("你好 x", add_special_tokens=True)
-    assert completions.echoed_texts(request(prompt="你好"), tokenizer.vocabulary) == ["你好"]
-    assert completions.echoed_texts(request(prompt=ids), tokenizer.vocabulary) == ["<s>你好 x"]
-    assert completions.echoed_texts(request(), tokenizer.vocabulary) == [""]
+    assert echoed_texts(request(prompt="你好"), tokenizer.vocabulary) == ["你好"]
+    assert echoed_texts(request(prompt=ids), tokenizer.vocabulary) == ["<s>你好 x"]
+    assert echoed_texts(request(), tokenizer.vocabulary) == [""]

@@ -34,6 +34,7 @@ CANARY = "canary-Xq7"
         (GenerationError("bad", code="numerical_error"), 500, "server_error", None, "numerical_error"),
         (GenerationError("bad", code="capacity"), 503, "server_error", None, "capacity"),
         (GenerationError("bad", code="request_timeout"), 504, "server_error", None, "request_timeout"),
+        (GenerationError("no", code="no_admissible_token"), 400, "invalid_request_error", None, "no_admissible_token"),
         (HttpError(413, "large", code="request_too_large"), 413, "invalid_request_error", None, "request_too_large"),
         (HTTPException(404), 404, "invalid_request_error", None, "not_found"),
         (HTTPException(405), 405, "invalid_request_error", None, "method_not_allowed"),
@@ -92,3 +93,27 @@ async def test_no_log_and_no_error_repeats_a_prompt_or_an_answer(
         assert response.status_code == 400
         assert CANARY not in response.text
     assert CANARY not in "\n".join(record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("masks", "param"),
+    [
+        ({"allowed_token_ids": [70], "bad_words": ["x"]}, "allowed_token_ids"),
+        ({"bad_words": ["x"]}, "bad_words"),
+        ({"min_tokens": 1}, None),
+    ],
+)
+async def test_masks_that_leave_nothing_are_the_clients_doing(
+    server: Loopback, engine: ScriptedEngine, masks: dict[str, object], param: str | None
+) -> None:
+    """Found out in the engine, whole and streamed."""
+    for _ in range(2):
+        engine.enqueue([GenerationError("the masks leave no token", code="no_admissible_token")])
+    response = await server.post("/v1/completions", {"prompt": "a", **masks})
+    assert response.status_code == 400
+    *_, event, done = await server.stream("/v1/completions", {"prompt": "a", **masks})
+    assert done == "[DONE]"
+    for error in (response.json()["error"], event["error"]):
+        assert (error["type"], error["param"]) == ("invalid_request_error", param)
+        assert error["code"] == "no_admissible_token"

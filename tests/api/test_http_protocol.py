@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 
 import pytest
@@ -12,7 +13,9 @@ from support.loopback import Loopback, Start, eventually
 
 pytestmark = pytest.mark.anyio
 
-HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 14\r\n\r\n"
+HEAD = (
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 14\r\n\r\n"
+)
 
 
 async def read_all(reader: asyncio.StreamReader) -> bytes:
@@ -22,6 +25,7 @@ async def read_all(reader: asyncio.StreamReader) -> bytes:
 
 def error_of(answer: bytes) -> tuple[int, str]:
     head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"\r\nx-request-id: req_" in head
     return int(head.split()[1]), json.loads(body)["error"]["code"]
 
 
@@ -34,7 +38,7 @@ async def test_a_silent_connection_is_closed(start: Start) -> None:
         writer.close()
 
 
-@pytest.mark.parametrize("trickle", [b"GET /", b"\r\n\r\n", b"GET / HTTP/1.1\r\nHost: x\r\nA: b"])
+@pytest.mark.parametrize("trickle", [b"GET /", b"\r\n\r\n", b"GET / HTTP/1.1\r\nHost: localhost\r\nA: b"])
 async def test_a_head_that_does_not_end(start: Start, trickle: bytes) -> None:
     """The deadline is absolute: another byte now and then does not move it."""
     async with start(header_timeout=0.3) as server:
@@ -62,7 +66,7 @@ async def test_a_body_that_does_not_end(start: Start) -> None:
 async def test_a_second_head_that_does_not_end(start: Start) -> None:
     async with start(header_timeout=0.3) as server:
         reader, writer = await server.connect()
-        writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert b"200 OK" in await reader.readuntil(b'{"status":"ok"}')
         writer.write(b"GET /hea")
         assert error_of(await read_all(reader)) == (408, "request_timeout")
@@ -73,7 +77,7 @@ async def test_an_idle_connection_is_kept_and_then_closed(start: Start) -> None:
     async with start(header_timeout=0.2, idle_timeout=1) as server:
         reader, writer = await server.connect()
         for _ in range(2):
-            writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             await reader.readuntil(b'{"status":"ok"}')
             await asyncio.sleep(0.4)
         began = time.monotonic()
@@ -92,10 +96,10 @@ async def test_a_long_answer_outlives_the_deadlines_of_receipt(start: Start) -> 
 @pytest.mark.parametrize(
     "head",
     [
-        b"GET /" + b"x" * 100_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 100_000 + b"\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: x\r\n" + b"X: yyyy\r\n" * 20_000 + b"\r\n",
-        b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 300_000,
+        b"GET /" + b"x" * 100_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 100_000 + b"\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"X: yyyy\r\n" * 20_000 + b"\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 300_000,
     ],
     ids=["url", "header", "headers", "endless"],
 )
@@ -134,15 +138,15 @@ async def test_idle_connections_keep_nobody_out(start: Start) -> None:
 
 async def test_upgrades_are_answered_over_http_1(server: Loopback) -> None:
     reader, writer = await server.connect()
-    writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, close\r\nUpgrade: websocket\r\n\r\n")
+    writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade, close\r\nUpgrade: websocket\r\n\r\n")
     assert b'{"status":"ok"}' in await reader.readuntil(b"}")
     writer.close()
 
 
 async def test_pipelined_requests_are_answered_in_order(server: Loopback) -> None:
     reader, writer = await server.connect()
-    one = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
-    last = b"GET /version HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    one = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    last = b"GET /version HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     writer.write(one + one + last)
     answer = await read_all(reader)
     assert answer.count(b'{"status":"ok"}') == 2
@@ -158,3 +162,15 @@ async def test_continue_is_sent_for_a_body_that_will_be_read(server: Loopback) -
     writer.write(b'{"prompt": ""}')
     assert b"200 OK" in await read_all(reader)
     writer.close()
+
+
+async def test_garbage_is_no_reason_to_warn(server: Loopback, caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("uvicorn.error")
+    for level, expected in ((logging.INFO, []), (logging.DEBUG, ["DEBUG"])):
+        caplog.clear()
+        with caplog.at_level(level, logger.name):
+            reader, writer = await server.connect()
+            writer.write(b"hello\r\n\r\n")
+            assert error_of(await read_all(reader)) == (400, "invalid_http")
+            writer.close()
+        assert [r.levelname for r in caplog.records if "Invalid HTTP" in r.message] == expected

@@ -59,9 +59,15 @@ def test_the_chosen_token_is_among_the_likely_ones() -> None:
     assert likely == [{"Hello": -1.0, " world": -2.0}]
 
 
+def test_parts_of_characters_do_not_look_alike() -> None:
+    arrays = LegacyLogprobsWriter(VOCABULARY).generated([entry(3, token(3, -1.0), token(4, -3.0))])
+    assert arrays.tokens == ["bytes:\\xe4\\xbd"]
+    assert arrays.top_logprobs == [{"bytes:\\xe4\\xbd": -1.0, "bytes:\\xa0": -3.0}]
+
+
 def test_of_tokens_that_look_alike_the_likeliest_counts() -> None:
-    likely = LegacyLogprobsWriter(VOCABULARY).generated([entry(5, token(3, -0.5), token(3, -3.0))]).top_logprobs
-    assert likely == [{"\ufffd": -0.5, "!": -1.0}]
+    likely = LegacyLogprobsWriter(VOCABULARY).generated([entry(5, token(1, -0.5), token(1, -3.0))]).top_logprobs
+    assert likely == [{"Hello": -0.5, "!": -1.0}]
 
 
 def test_extend() -> None:

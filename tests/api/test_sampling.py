@@ -256,3 +256,52 @@ def test_ignored_parameters_of_a_chat() -> None:
 def test_fields_without_effect_exist() -> None:
     for model in (ChatCompletionRequest, CompletionRequest):
         assert model.NO_EFFECT.keys() <= model.model_fields.keys()
+
+
+def test_min_tokens_is_never_lowered(served: Served) -> None:
+    def most(num_prompt: int, default: int | None, **fields: Any) -> int:
+        return resolve_max_tokens(request(**fields), num_prompt, served, default=default, param="prompt")
+
+    assert most(10, 16, min_tokens=40) == 40
+    assert most(10, 16, min_tokens=4) == 16
+    assert most(10, None, min_tokens=90) == 90
+    for default, fields in (
+        (16, {"min_tokens": 91}),
+        (None, {"min_tokens": 91}),
+        (16, {"min_tokens": 91, "max_tokens": 95}),
+    ):
+        with pytest.raises(ContextLengthError, match="min_tokens") as refused:
+            most(10, default, **fields)
+        assert refused.value.param == "min_tokens"
+
+
+def test_masks_that_leave_no_first_token(served: Served) -> None:
+    vocabulary, (end, *_) = served.tokenizer.vocabulary, served.tokenizer.end_token_ids
+    token_id = served.tokenizer.encode("x", add_special_tokens=False)[0]
+    spelt = vocabulary.data(token_id).decode()
+    refused_ones: list[dict[str, Any]] = [
+        {"allowed_token_ids": [end], "min_tokens": 3},
+        {"allowed_token_ids": [end, token_id], "stop_token_ids": [token_id], "min_tokens": 3},
+        {"allowed_token_ids": [token_id], "bad_words": [spelt]},
+        {"allowed_token_ids": [token_id, end], "bad_words": [spelt], "min_tokens": 1},
+    ]
+    for fields in refused_ones:
+        with pytest.raises(InvalidRequestError) as refused:
+            resolve(served, **fields)
+        assert (refused.value.param, refused.value.code) == ("allowed_token_ids", "no_admissible_token")
+    accepted: list[dict[str, Any]] = [
+        {"allowed_token_ids": [end]},
+        {"allowed_token_ids": [end], "bad_words": [spelt]},
+        {"allowed_token_ids": [end], "min_tokens": 3, "ignore_eos": True},
+        {"allowed_token_ids": [token_id], "bad_words": [spelt * 2]},
+    ]
+    for fields in accepted:
+        resolve(served, **fields)
+
+
+def test_bad_words_are_bounded_together(served: Served) -> None:
+    words = [f"{number:0512}" for number in range(33)]
+    assert len(resolve(served, bad_words=words[:32]).bad_words) == 32
+    with pytest.raises(InvalidRequestError, match="16896 bytes") as raised:
+        resolve(served, bad_words=words)
+    assert (raised.value.param, raised.value.code) == ("bad_words", "too_many_values")

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-from reprise.api.server import bind
+from reprise.api.server import bind, count_requests
 from reprise.errors import ConfigError
 from reprise.settings import Settings
 from support.loopback import Loopback, Start, events, eventually
@@ -165,8 +165,24 @@ async def test_a_server_that_did_nothing_ends_well(server: Loopback) -> None:
 def test_a_taken_port_is_a_setting_to_change() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"port {port}"):
+        with pytest.raises(ConfigError) as caught:
             bind(Settings(port=port))
+    assert str(caught.value) == (
+        f"cannot listen on 127.0.0.1 port {port}: Address already in use; choose another --port or --host"
+    )
+
+
+def test_a_host_that_does_not_exist_is_a_setting_to_change() -> None:
+    with pytest.raises(ConfigError, match=r"^cannot listen on nobody\.invalid port 8000: .+; choose another"):
+        bind(Settings(host="nobody.invalid"))
+
+
+def test_one_request_is_not_several() -> None:
+    assert [count_requests(number, "running") for number in (0, 1, 2)] == [
+        "0 requests are running",
+        "1 request is running",
+        "2 requests are running",
+    ]
 
 
 def test_bind_listens_on_every_address_of_the_host() -> None:

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import asyncio
+import threading
 from typing import Any
 
 import pytest
 
+from reprise.api import tokens
+from reprise.api.service import MAX_TOKEN_REQUESTS
 from reprise.text.tokenizer import Tokenizer
-from support.loopback import Loopback
+from support.loopback import Loopback, eventually
 from support.scripted_engine import ScriptedEngine
 
 pytestmark = pytest.mark.anyio
@@ -54,3 +58,37 @@ async def test_there_and_back(server: Loopback) -> None:
 async def test_refusals(server: Loopback, path: str, body: dict[str, Any], param: str) -> None:
     response = await server.post(path, body)
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+async def test_a_long_text_is_refused(server: Loopback) -> None:
+    limit = tokens.MAX_TOKENS * tokens.MAX_BYTES_PER_TOKEN
+    for body, param in (
+        ({"prompt": "a" * (limit + 1)}, "prompt"),
+        ({"messages": [{"role": "user", "content": "é" * (limit // 2 + 1)}]}, "messages"),
+    ):
+        error = (await server.post("/tokenize", body)).json()["error"]
+        assert (error["code"], error["param"]) == ("text_too_long", param)
+        assert str(limit) in error["message"]
+    error = (await server.post("/detokenize", {"tokens": [5] * (tokens.MAX_TOKENS + 1)})).json()["error"]
+    assert (error["code"], error["param"]) == ("too_many_tokens", "tokens")
+
+
+async def test_too_many_of_them_are_refused_and_hold_up_no_chat(server: Loopback) -> None:
+    service = server.app.state.service
+    hold = threading.Event()
+    blocking = asyncio.create_task(service.token_threads.run(hold.wait))
+    asking = [asyncio.create_task(server.post("/tokenize", {"prompt": "a"})) for _ in range(MAX_TOKEN_REQUESTS + 4)]
+    try:
+        await eventually(lambda: sum(task.done() for task in asking) == 4)
+        refused = [task.result() for task in asking if task.done()]
+        assert {response.status_code for response in refused} == {429}
+        assert all(response.headers["retry-after"] for response in refused)
+        assert (await server.post("/detokenize", {"tokens": [5]})).status_code == 429
+        assert (await server.post("/v1/chat/completions", {"messages": MESSAGES})).status_code == 200
+    finally:
+        hold.set()
+        await blocking
+    answers = await asyncio.gather(*asking)
+    assert sorted(response.status_code for response in answers) == [200] * MAX_TOKEN_REQUESTS + [429] * 4
+    assert (await server.post("/tokenize", {"prompt": "a"})).status_code == 200
+    assert service.token_threads.num_admitted == 0

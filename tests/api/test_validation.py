@@ -26,8 +26,6 @@ def refused(model: Any, body: Any) -> InvalidRequestError:
         b"",
         b"{",
         b"not json",
-        b'{"prompt": NaN}',
-        b'{"prompt": Infinity}',
         b'{"prompt": "\\ud800"}',
         b'{"prompt": "\xff"}',
         b"[" * 100_000,
@@ -59,7 +57,7 @@ def test_of_duplicate_members_the_last_counts() -> None:
     ("body", "param", "code", "message"),
     [
         ({}, "messages", "missing_required_parameter", "Missing required parameter: 'messages'."),
-        ({"messages": []}, "messages", "invalid_value", "Invalid 'messages': must have at least 1 items."),
+        ({"messages": []}, "messages", "invalid_value", "Invalid 'messages': must have at least 1 item."),
         (
             {"messages": [HELLO, {"role": "user"}]},
             "messages[1].content",
@@ -85,7 +83,7 @@ def test_of_duplicate_members_the_last_counts() -> None:
             {"messages": [{"role": "user", "content": 4}]},
             "messages[0].content",
             "invalid_type",
-            "Invalid type for 'messages[0].content': expected a string, got 4.",
+            "Invalid type for 'messages[0].content': expected a string or an array of content parts, got 4.",
         ),
         ({"messages": ["a"]}, "messages[0]", "invalid_type", None),
         (
@@ -143,9 +141,24 @@ def test_of_duplicate_members_the_last_counts() -> None:
             {"messages": [HELLO], "tools": [{}]},
             "tools",
             "unsupported_parameter",
-            "'tools': is not supported by this server.",
+            "'tools' is not supported by this server.",
         ),
         ({"messages": [HELLO], "stop": ["a", 1]}, "stop[1]", "invalid_type", None),
+        (
+            {"messages": [HELLO], "stop": 5},
+            "stop",
+            "invalid_type",
+            "Invalid type for 'stop': expected a string or an array of strings, got 5.",
+        ),
+        *[
+            (
+                {"messages": [HELLO], "max_tokens": number},
+                "max_tokens",
+                "invalid_value",
+                f"Invalid 'max_tokens': {number} must be at least 1.",
+            )
+            for number in (0, -5)
+        ],
         ({"messages": [HELLO], "logit_bias": {"a": 1}}, "logit_bias.a", "invalid_value", None),
         (
             {"messages": [HELLO], "verbosity": "loud"},
@@ -203,3 +216,34 @@ def test_prompts(prompt: Any, param: str) -> None:
 
 def test_unknown_fields_of_other_requests() -> None:
     assert "Did you mean 'prompt'?" in refused(TokenizeRequest, {"promt": "a"}).message
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize("name", ["temperature", "seed", "prompt", "logit_bias", "chat_template_kwargs.x", "stop"])
+def test_what_is_no_number_names_its_field(name: str, number: str) -> None:
+    member, _, below = name.partition(".")
+    value = f'{{"{below}": {number}}}' if below else number
+    error = refused(TokenizeRequest if below else CompletionRequest, f'{{"{member}": {value}}}'.encode())
+    assert (error.param, error.code) in ((member, "invalid_value"), (member, "invalid_type"))
+
+
+def test_of_many_unknown_members_few_are_looked_at() -> None:
+    names = {f"x{number}": 1 for number in range(1000)}
+    for body, param in (
+        ({"messages": [HELLO], **names}, "x0"),
+        ({"messages": [HELLO | names]}, "messages[0].x0"),
+    ):
+        error = refused(ChatCompletionRequest, body)
+        assert (error.param, error.code) == (param, "unknown_parameter")
+        assert "x5" in error.message
+        assert "x6" not in error.message
+
+
+def test_ids_in_pieces_are_found_where_they_are() -> None:
+    ids: list[Any] = [5] * 10_000
+    assert parse(CompletionRequest, json.dumps({"prompt": ids}).encode()).prompt == ids
+    for wrong in ("a", -1, 2**31, True, 1.5, None, [5]):
+        ids[9000] = wrong
+        error = refused(CompletionRequest, {"prompt": ids})
+        assert error.param == "prompt[9000]", wrong
+        assert refused(CompletionRequest, {"prompt": [[1], ids]}).param == "prompt[1][9000]"

@@ -281,7 +281,7 @@ def test_errors(client: OpenAI) -> None:
 
 def test_an_error_in_a_stream(client: OpenAI) -> None:
     """Two masks that contradict each other show in the engine only, when the stream has begun."""
-    body = {"allowed_token_ids": [40], "min_tokens": 1, "bad_words": [_spelling(client, 40)]}
+    body = {"allowed_token_ids": [40], "min_tokens": 1, "bad_words": [2 * _spelling(client, 40)]}
     with pytest.raises(openai.APIError) as failed:
         list(client.completions.create(model=MODEL, prompt="a", stream=True, extra_body=body))
     assert failed.value.code == "no_admissible_token"

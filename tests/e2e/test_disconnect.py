@@ -23,7 +23,8 @@ def connect(api: LiveApi, path: str, **parameters: Any) -> socket.socket:
     """A connection with a request for thousands of tokens on its way."""
     body = json.dumps({"max_tokens": NUM_TOKENS, "ignore_eos": True, "seed": 1, **parameters}).encode()
     head = (
-        f"POST {path} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     connection = socket.create_connection(("127.0.0.1", api.client.base_url.port or 0), timeout=20)
     connection.sendall(head.encode() + body)
@@ -103,7 +104,7 @@ def test_the_others_go_on(api: LiveApi) -> None:
 
 def test_a_client_that_leaves_in_its_body(api: LiveApi) -> None:
     connection = socket.create_connection(("127.0.0.1", api.client.base_url.port or 0), timeout=20)
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
     connection.sendall(head.encode() + b'{"messages": [')
     reset(connection)
     assert api.complete(max_tokens=1).token_ids

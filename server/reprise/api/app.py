@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 
 from reprise import __version__
 from reprise.api import generation_routes, models, operations, tokens
+from reprise.api.allowed_hosts import AllowHosts, hosts_allowed
 from reprise.api.auth import PUBLIC_PATHS, RequireKey
 from reprise.api.errors import error_response
 from reprise.api.limits import LimitBody
@@ -86,6 +87,9 @@ def _add_layers(app: FastAPI, settings: Settings, service: Service) -> None:
         public = PUBLIC_PATHS | ({"/metrics"} if settings.public_metrics else set())
         keys = [key.get_secret_value() for key in settings.api_key]
         app.add_middleware(RequireKey, keys=keys, public_paths=public)
+    hosts = hosts_allowed(settings.host, settings.allowed_hosts)
+    if hosts is not None:
+        app.add_middleware(AllowHosts, hosts=hosts)
     app.add_middleware(RequestContext, observe=service.metrics.observe_request)
     if settings.cors_origins:
         app.add_middleware(

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from reprise.api.errors import HttpError
-from reprise.api.service import Service
+from reprise.api.text_threads import TextThreads
 from reprise.api.validation import parse
 
 RequestModel = TypeVar("RequestModel", bound=BaseModel)
@@ -20,9 +20,9 @@ _SMALL_BODY = 16 * 1024
 """Bytes that are parsed in a few hundred microseconds: a thread would cost more than it saves."""
 
 
-async def read_request(request: Request, model: type[RequestModel]) -> RequestModel:
+async def read_request(request: Request, model: type[RequestModel], threads: TextThreads) -> RequestModel:
     """The body as a request of this model. Raises InvalidRequestError, or HttpError for what is not sent as
-    JSON.
+    JSON. threads: where large ones are parsed.
 
     The content type must say JSON, as every client of OpenAI's API does: a web page can send anything else to
     any server that its reader can reach, without asking that server.
@@ -37,8 +37,7 @@ async def read_request(request: Request, model: type[RequestModel]) -> RequestMo
     body = await request.body()
     if len(body) <= _SMALL_BODY:
         return parse(model, body)
-    service: Service = request.app.state.service
-    return await service.off_loop(parse, model, body)
+    return await threads.run(parse, model, body)
 
 
 def json_response(content: msgspec.Struct, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -9,7 +9,8 @@ GenerationError         500     server_error           the error's own word     
                                                                                     would fail in the same way
   "capacity"            503                                                         yes
   "request_timeout"     504                                                         no
-HttpError               its own: 401, 404, 405, 408, 413, 415, 431
+  "no_admissible_token" 400     invalid_request_error: the request's masks contradict each other
+HttpError               its own: 401, 404, 405, 408, 413, 415, 421, 431
 anything else           500     server_error           internal_error               yes
 """
 
@@ -24,6 +25,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from reprise.api.sampling import MASKS_LEAVE_NOTHING
 from reprise.errors import (
     GenerationError,
     InvalidRequestError,
@@ -79,6 +81,8 @@ def to_reply(error: Exception, *, request_id: str) -> ErrorReply:
         case UnavailableError():
             refused = Error(_sentence(str(error)), SERVER_ERROR, None, "service_unavailable")
             return ErrorReply(503, refused, {"retry-after": str(max(1, error.retry_after))})
+        case GenerationError() if error.code == MASKS_LEAVE_NOTHING:
+            return to_reply(blame(error, mask=None), request_id=request_id)
         case GenerationError():
             status = _GENERATION_STATUS.get(error.code, 500)
             failed = Error(f"{_sentence(str(error))} (request {request_id})", SERVER_ERROR, None, error.code)
@@ -92,6 +96,13 @@ def to_reply(error: Exception, *, request_id: str) -> ErrorReply:
             log_unforeseen(error, request_id)
             message = f"The server failed on this request. Its log has the cause under {request_id}."
             return ErrorReply(500, Error(message, SERVER_ERROR, None, "internal_error"), {})
+
+
+def blame(error: Exception, *, mask: str | None) -> Exception:
+    """What the engine found out, as the client's own doing where it is. mask: the field that the request masks by."""
+    if isinstance(error, GenerationError) and error.code == MASKS_LEAVE_NOTHING:
+        return InvalidRequestError(str(error), param=mask, code=error.code)
+    return error
 
 
 def log_unforeseen(error: BaseException, request_id: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from fastapi import Request, Response
 
 from reprise.api import chat, completions
+from reprise.api.chat_chunks import ChatChunks, ChatFold
+from reprise.api.completion_chunks import CompletionChunks, CompletionFold
 from reprise.api.head import ResponseHead
 from reprise.api.respond import Endpoint, respond
 from reprise.api.sampling import Served
@@ -25,8 +27,8 @@ def _chat_chunks(
     served: Served,  # noqa: ARG001 - as above
     *,
     include_usage: bool,
-) -> chat.ChatChunks:
-    return chat.ChatChunks(head, request, include_usage=include_usage)
+) -> ChatChunks:
+    return ChatChunks(head, request, include_usage=include_usage)
 
 
 def _check_completion(request: CompletionRequest, served: Served) -> int:
@@ -41,14 +43,12 @@ def _completion_chunks(
     served: Served,
     *,
     include_usage: bool,
-) -> completions.CompletionChunks:
-    return completions.CompletionChunks(
-        head, request, generations, served.tokenizer.vocabulary, include_usage=include_usage
-    )
+) -> CompletionChunks:
+    return CompletionChunks(head, request, generations, served.tokenizer.vocabulary, include_usage=include_usage)
 
 
 CHAT: Endpoint[ChatCompletionRequest, ChatCompletionChunk] = Endpoint(
-    "chatcmpl", ChatCompletionRequest, _check_chat, chat.to_generation, _chat_chunks, chat.ChatFold
+    "chatcmpl", ChatCompletionRequest, _check_chat, chat.to_generation, _chat_chunks, ChatFold
 )
 COMPLETIONS: Endpoint[CompletionRequest, Completion] = Endpoint(
     "cmpl",
@@ -56,7 +56,7 @@ COMPLETIONS: Endpoint[CompletionRequest, Completion] = Endpoint(
     _check_completion,
     completions.to_generation,
     _completion_chunks,
-    completions.CompletionFold,
+    CompletionFold,
 )
 
 

@@ -13,17 +13,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 from typing import ClassVar
 
 import msgspec
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from reprise.api.request_context import new_request_id
 from reprise.protocol.responses import Error, ErrorResponse
 from reprise.settings import Settings
 
 MAX_HEAD_BYTES = 64 * 1024
 LINGER_SECONDS = 1.0
+
+
+def _demote(record: logging.LogRecord) -> bool:
+    """Uvicorn warns of each connection that sends no HTTP: anyone can send garbage all day."""
+    if record.msg == "Invalid HTTP request received.":
+        record.levelno, record.levelname = logging.DEBUG, "DEBUG"
+        return logging.getLogger(record.name).isEnabledFor(logging.DEBUG)
+    return True
+
+
+logging.getLogger("uvicorn.error").addFilter(_demote)
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
@@ -143,8 +156,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             may_answer = cycle is not None and not cycle.response_started
         if may_answer:
             body = msgspec.json.encode(ErrorResponse(Error(message, "invalid_request_error", None, code)))
-            head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
-            self.transport.write(STATUS_LINE[status] + head + body)
+            head = (
+                f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
+                f"x-request-id: {new_request_id()}\r\nconnection: close\r\n\r\n"
+            )
+            self.transport.write(STATUS_LINE[status] + head.encode() + body)
         self._linger()
 
     def _linger(self) -> None:

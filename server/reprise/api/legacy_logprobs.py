@@ -1,12 +1,15 @@
-"""The completions endpoint's own form of log-probabilities: parallel arrays with offsets into the text."""
+"""The completions endpoint's own form of log-probabilities: parallel arrays with offsets into the text.
+
+A token that is part of a character is spelt `bytes:` and hexadecimal escapes, so that no two look alike. A token
+that a stop string cuts in two is listed whole, more than the text has of it; tokens behind the cut are left out.
+"""
 
 from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
 
-from reprise.api.chat import finite
-from reprise.protocol.responses import LegacyLogprobs
+from reprise.protocol.responses import LegacyLogprobs, finite
 from reprise.text.vocabulary import Vocabulary
 from reprise.types import LogprobEntry, LogprobToken
 
@@ -54,7 +57,7 @@ class LegacyLogprobsWriter:
         end = 0
         for token_id, entry in zip(token_ids, entries, strict=False):
             data = self._vocabulary.data(token_id)
-            self._append(arrays, data.decode(errors="replace"), entry)
+            self._append(arrays, _spelt(data), entry)
             if token_id in self._vocabulary.special_token_ids and not text.startswith(data.decode(), end):
                 data = b""
             arrays.text_offset.append(self._position.push(data))
@@ -65,7 +68,7 @@ class LegacyLogprobsWriter:
         """The arrays of newly generated tokens."""
         arrays = LegacyLogprobs([], [], [], [])
         for entry in entries:
-            self._append(arrays, entry.token.text, entry)
+            self._append(arrays, _spelling(entry.token), entry)
             arrays.text_offset.append(self._position.push(entry.token.data))
         return arrays
 
@@ -73,6 +76,18 @@ class LegacyLogprobsWriter:
         arrays.tokens.append(text)
         arrays.token_logprobs.append(None if entry is None else finite(entry.token.logprob))
         arrays.top_logprobs.append(None if entry is None else _top([*entry.top, entry.token]))
+
+
+def _spelling(token: LogprobToken) -> str:
+    """A token that adds nothing to the text, such as an end token, goes by its name."""
+    return _spelt(token.data) if token.data else token.text
+
+
+def _spelt(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 def extend(first: LegacyLogprobs | None, second: LegacyLogprobs) -> LegacyLogprobs:
@@ -92,5 +107,5 @@ def _top(tokens: Sequence[LogprobToken]) -> dict[str, float]:
     """
     likely: dict[str, float] = {}
     for token in tokens:
-        likely.setdefault(token.text, finite(token.logprob))
+        likely.setdefault(_spelling(token), finite(token.logprob))
     return likely

@@ -39,7 +39,7 @@ class RequestContext:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        answer = _Answer(_client_request_id(scope) or f"req_{uuid.uuid4().hex}", send)
+        answer = _Answer(_client_request_id(scope) or new_request_id(), send)
         state = scope.setdefault("state", {})
         state["request_id"] = answer.request_id
         failed = False
@@ -95,6 +95,10 @@ async def _reply(error: Exception, request_id: str, scope: Scope, receive: Recei
     await send({"type": "http.response.body", "body": response.body, "more_body": True})
     await discard_body(receive)
     await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def new_request_id() -> str:
+    return f"req_{uuid.uuid4().hex}"
 
 
 def _client_request_id(scope: Scope) -> str | None:

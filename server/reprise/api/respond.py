@@ -15,12 +15,13 @@ from starlette.responses import Response
 
 from reprise.api import sse
 from reprise.api.body import json_response, read_request
-from reprise.api.errors import to_reply
+from reprise.api.errors import blame, to_reply
 from reprise.api.head import ResponseHead
 from reprise.api.metrics import GenerationTimes
 from reprise.api.running import RunningRequest
-from reprise.api.sampling import Served, choose_seed, ignored_parameters
-from reprise.api.service import Service, new_id, system_fingerprint
+from reprise.api.sampling import Served, choose_seed, ignored_parameters, mask_parameter
+from reprise.api.service import Service, new_id
+from reprise.errors import GenerationError
 from reprise.protocol.parameters import GenerationParameters
 from reprise.protocol.responses import ErrorResponse, RepriseExtension
 from reprise.types import ChoiceDelta, GenerationRequest
@@ -84,21 +85,23 @@ async def respond(request: Request, endpoint: Endpoint[Parameters, Chunk]) -> Re
     cleanup: ExitStack = request.scope["state"]["cleanup"]
     info = service.check_available()
     service.admission.check_room()
-    parameters = await read_request(request, endpoint.request_model)
+    parameters = await read_request(request, endpoint.request_model, service.text_threads)
     times = service.metrics.generation()
     model, served = service.model_name(parameters.model), service.served(info)
     ticket = service.admission.reserve(endpoint.check(parameters, served))
     cleanup.callback(ticket.release)
 
     response_id, seed = new_id(endpoint.id_prefix), choose_seed(parameters)
-    generations = await service.off_loop(endpoint.to_generation, parameters, served, response_id=response_id, seed=seed)
+    generations = await service.text_threads.run(
+        endpoint.to_generation, parameters, served, response_id=response_id, seed=seed
+    )
     running = _submit(service, generations, cleanup)
     extension = RepriseExtension(seed, ignored_parameters(parameters))
     head = ResponseHead(
         id=response_id,
         created=int(time.time()),
         model=model,
-        system_fingerprint=system_fingerprint(info),
+        system_fingerprint=service.fingerprint(info, served),
         extension=extension,
         num_prompt_tokens=tuple(len(generation.prompt_token_ids) for generation in generations),
         num_choices=parameters.n or 1,
@@ -106,15 +109,18 @@ async def respond(request: Request, endpoint: Endpoint[Parameters, Chunk]) -> Re
     options = parameters.stream_options
     include_usage = not parameters.stream or bool(options is not None and options.include_usage)
     chunks = endpoint.to_chunks(head, parameters, generations, served, include_usage=include_usage)
-    headers = _headers(extension)
+    headers, mask = _headers(extension), mask_parameter(parameters)
     if parameters.stream:
         return sse.EventStream(
-            _events(running, chunks, times, request.scope["state"]["request_id"]),
+            _events(running, chunks, times, request_id=request.scope["state"]["request_id"], mask=mask),
             headers=headers,
             keep_alive_interval=service.settings.keep_alive_interval,
             send_timeout=service.settings.send_timeout,
         )
-    full = await _unless_client_leaves(request, _fold(running, chunks, endpoint.fold(), times))
+    try:
+        full = await _unless_client_leaves(request, _fold(running, chunks, endpoint.fold(), times))
+    except GenerationError as error:
+        raise blame(error, mask=mask) from None
     return json_response(full, headers=headers)
 
 
@@ -141,7 +147,7 @@ def _headers(extension: RepriseExtension) -> dict[str, str]:
 
 
 async def _events(
-    running: RunningRequest, chunks: Chunks[Chunk], times: GenerationTimes, request_id: str
+    running: RunningRequest, chunks: Chunks[Chunk], times: GenerationTimes, *, request_id: str, mask: str | None
 ) -> AsyncIterator[bytes]:
     """The events of a stream: its chunks, an error where there is one, and the end in any case."""
     try:
@@ -152,7 +158,7 @@ async def _events(
         for chunk in chunks.end():
             yield sse.encode(chunk)
     except Exception as error:  # noqa: BLE001 - a stream has no other way to tell of an error
-        yield sse.encode(ErrorResponse(to_reply(error, request_id=request_id).error))
+        yield sse.encode(ErrorResponse(to_reply(blame(error, mask=mask), request_id=request_id).error))
     finally:
         running.close()
     times.end()

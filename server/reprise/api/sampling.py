@@ -14,7 +14,10 @@ from reprise.types import SamplingParams, StopStrings
 
 MAX_GENERATED_SEED = 2**53
 """Seeds that the server chooses are below this, so that they survive JavaScript's numbers."""
+MAX_BAD_WORDS_BYTES = 16 * 1024
+"""Of all bad words together: the engine keeps a kibibyte of automaton for each."""
 CONFLICT = "conflicting_parameters"
+MASKS_LEAVE_NOTHING = "no_admissible_token"
 
 
 class Served(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,24 +115,43 @@ def check_size(num_bytes: int, served: Served, *, param: str) -> None:
         )
 
 
+def check_num_ids(num_ids: int, served: Served, *, param: str) -> None:
+    """Refuse more ids than the context holds before they are looked at one by one. Raises ContextLengthError."""
+    if num_ids > served.max_sequence_tokens:
+        raise ContextLengthError(
+            f"This model's context is {served.max_sequence_tokens} tokens and the prompt has {num_ids}. "
+            "Shorten the prompt.",
+            param=param,
+        )
+
+
 def resolve_max_tokens(
     request: GenerationParameters, num_prompt_tokens: int, served: Served, *, default: int | None, param: str
 ) -> int:
     """How many tokens may be generated: what was asked for, or `default`, but never beyond the context.
 
     A limit larger than the room is lowered to the room, as agents ask for more than there is and break if
-    that is refused; the choice then ends with "length". default: None is the room. param: the field the
-    prompt came from. Raises ContextLengthError where a prompt leaves no room for a token.
+    that is refused; the choice then ends with "length". `min_tokens` raises the default, and is never lowered.
+    default: None is the room. param: the field the prompt came from. Raises ContextLengthError where a prompt
+    leaves no room for a token, or not for `min_tokens`.
     """
     room = served.max_sequence_tokens - num_prompt_tokens
-    asked = requested_max_tokens(request)
-    wanted = default if asked is None else asked
+    asked, least = requested_max_tokens(request), request.min_tokens or 0
+    wanted = asked
+    if asked is None and default is not None:
+        wanted = max(default, least)
     if room < 0 or (room == 0 and wanted != 0):
         raise ContextLengthError(
             f"This model's context is {served.max_sequence_tokens} tokens and the prompt has "
             f"{num_prompt_tokens}, "
             "which leaves no room for an answer. Shorten the prompt.",
             param=param,
+        )
+    if least > room:
+        raise ContextLengthError(
+            f"Invalid 'min_tokens': {least} is more than the {room} tokens that the prompt leaves of this model's "
+            f"context of {served.max_sequence_tokens}.",
+            param="min_tokens",
         )
     return room if wanted is None else min(wanted, room)
 
@@ -145,15 +167,16 @@ def resolve_sampling(
 ) -> SamplingParams:
     """Token-level parameters of a checked request.
 
-    Raises InvalidRequestError for ids outside the vocabulary.
+    max_tokens: at least the request's `min_tokens`. Raises InvalidRequestError for ids outside the vocabulary,
+    and for masks that leave no first token.
     """
     defaults = served.defaults
     greedy = request.do_sample is False
     top_k = _first(request.top_k, defaults.get("top_k"), 0)
-    return SamplingParams(
+    sampling = SamplingParams(
         seed=seed,
         max_tokens=max_tokens,
-        min_tokens=min(request.min_tokens or 0, max_tokens),
+        min_tokens=request.min_tokens or 0,
         temperature=0.0 if greedy else float(_first(request.temperature, defaults.get("temperature"), 1.0)),
         top_p=float(_first(request.top_p, defaults.get("top_p"), 1.0)),
         top_k=max(0, int(top_k)),
@@ -170,6 +193,34 @@ def resolve_sampling(
         num_logprobs=num_logprobs,
         num_prompt_logprobs=num_prompt_logprobs,
         use_cache=request.use_cache is not False,
+    )
+    _check_masks(sampling, served)
+    return sampling
+
+
+def mask_parameter(request: GenerationParameters) -> str | None:
+    """The field that is to blame where a request's masks leave no token to choose."""
+    if request.allowed_token_ids is not None:
+        return "allowed_token_ids"
+    return "bad_words" if request.bad_words else None
+
+
+def _check_masks(sampling: SamplingParams, served: Served) -> None:
+    """Raise InvalidRequestError where none of the allowed ids can be the first; later ones show in the engine."""
+    if sampling.allowed_token_ids is None or sampling.max_tokens == 0:
+        return
+    ends = {*sampling.end_token_ids, *sampling.stop_token_ids} if sampling.min_tokens else set()
+    left = [token_id for token_id in sampling.allowed_token_ids if token_id not in ends]
+    vocabulary = served.tokenizer.vocabulary
+    spelt = (b"" if i in vocabulary.special_token_ids else vocabulary.data(i) for i in left)
+    if any(not any(word in data for word in sampling.bad_words) for data in spelt):
+        return
+    why = "contains one of 'bad_words'" if left else "would end the answer before 'min_tokens'"
+    raise InvalidRequestError(
+        f"'allowed_token_ids' leaves no token to begin with: each one {why}"
+        f"{' or would end the answer before its time' if left and ends else ''}.",
+        param="allowed_token_ids",
+        code=MASKS_LEAVE_NOTHING,
     )
 
 
@@ -220,7 +271,15 @@ def _bad_words(words: Iterable[str], served: Served) -> tuple[bytes, ...]:
             param="bad_words",
             code="unsupported_parameter",
         )
-    return tuple(dict.fromkeys((word.lstrip(" ") or word).encode() for word in words))
+    spelt = tuple(dict.fromkeys((word.lstrip(" ") or word).encode() for word in words))
+    num_bytes = sum(map(len, spelt))
+    if num_bytes > MAX_BAD_WORDS_BYTES:
+        raise InvalidRequestError(
+            f"'bad_words' has {num_bytes} bytes in all; at most {MAX_BAD_WORDS_BYTES} can be barred at once.",
+            param="bad_words",
+            code="too_many_values",
+        )
+    return spelt
 
 
 def _first(*values: float | None) -> float:

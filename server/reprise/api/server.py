@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import math
+import os
 import signal
 import socket
 import threading
@@ -49,7 +51,8 @@ def bind(settings: Settings) -> list[socket.socket]:
     except OSError as error:
         for listener in listeners:
             listener.close()
-        reason = error.strerror or str(error)
+        # A socket's own words name the address again.
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error)
         raise ConfigError(f"cannot listen on {host} port {port}: {reason}; choose another --port or --host") from error
     return listeners
 
@@ -113,11 +116,11 @@ class Server:
         await self._asked.wait()
         running = self._service.running
         self._service.draining = True
-        logger.info("shutting down: %d requests are running", len(running))
+        logger.info("shutting down: %s", count_requests(len(running), "running"))
         await self._drain()
         self._num_cut = len(running)
         if running:
-            logger.warning("shutting down: %d requests are cut off", len(running))
+            logger.warning("shutting down: %s", count_requests(len(running), "cut off"))
             self._service.fail_running(UnavailableError(SHUTTING_DOWN))
         self._uvicorn.should_exit = True
         await self._insisted.wait()
@@ -131,6 +134,11 @@ class Server:
         await asyncio.wait(waits, timeout=self._drain_timeout, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
+
+
+def count_requests(number: int, state: str) -> str:
+    """For a log line: '2 requests are running'."""
+    return f"1 request is {state}" if number == 1 else f"{number} requests are {state}"
 
 
 class _Uvicorn(uvicorn.Server):
@@ -178,5 +186,8 @@ async def serve(
     port before loading a model; else they are bound here. Raises ConfigError.
     """
     server = Server(app, settings, listeners or bind(settings))
+    # What is loaded now stays. Walking all of it in a full collection stops every stream for 150 ms.
+    gc.collect()
+    gc.freeze()
     with _shutdown_on_signals(server):
         return await server.run(on_started)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import hashlib
+import json
 import time
 import uuid
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from collections.abc import Mapping
+from functools import cache
+from importlib import metadata
 
 from reprise import __version__
 from reprise.api.admission import Admission
@@ -17,16 +17,17 @@ from reprise.api.errors import HttpError
 from reprise.api.metrics import Metrics
 from reprise.api.running import RunningRequest
 from reprise.api.sampling import Served
+from reprise.api.text_threads import TextThreads
 from reprise.errors import ModelNotFoundError, UnavailableError
 from reprise.generation.interface import Engine, EngineState
 from reprise.ipc.messages import Ready
 from reprise.settings import Settings
 from reprise.text.tokenizer import Tokenizer
 
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
-
 NUM_TEXT_THREADS = 2
+NUM_TOKEN_THREADS = 1
+MAX_TOKEN_REQUESTS = 16
+"""Requests of /tokenize and /detokenize that are in the server at once."""
 SHUTTING_DOWN = "The server is shutting down."
 
 
@@ -46,14 +47,10 @@ class Service:
         """Set while nothing runs."""
         self.idle.set()
         self.draining = False
-        self._text_pool = ThreadPoolExecutor(NUM_TEXT_THREADS, thread_name_prefix="reprise-text")
-
-    async def off_loop(
-        self, function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
-    ) -> Result:
-        """Call in a thread for text, so that long ones do not hold up the streams of others."""
-        call = functools.partial(function, *args, **kwargs)
-        return await asyncio.get_running_loop().run_in_executor(self._text_pool, call)
+        self.text_threads = TextThreads(NUM_TEXT_THREADS)
+        """For generation, which `admission` bounds."""
+        self.token_threads = TextThreads(NUM_TOKEN_THREADS, limit=MAX_TOKEN_REQUESTS)
+        """For the endpoints that only turn text into tokens, so that no generation waits for them."""
 
     def check_available(self) -> Ready:
         """What is loaded. Raises UnavailableError or HttpError 503 where new work cannot be taken."""
@@ -88,6 +85,10 @@ class Service:
             defaults=self.tokenizer.generation_defaults if from_model else {},
         )
 
+    def fingerprint(self, info: Ready, served: Served) -> str:
+        template = self.tokenizer.chat_template_source
+        return system_fingerprint(info, chat_template=template, defaults=served.defaults)
+
     def add_running(self, running: RunningRequest) -> None:
         self.running.add(running)
         self.idle.clear()
@@ -104,7 +105,8 @@ class Service:
             running.fail(error)
 
     def close(self) -> None:
-        self._text_pool.shutdown(wait=False, cancel_futures=True)
+        self.text_threads.close()
+        self.token_threads.close()
 
 
 def _longest_token(tokenizer: Tokenizer) -> int | None:
@@ -113,10 +115,30 @@ def _longest_token(tokenizer: Tokenizer) -> int | None:
     return None if spelt is None else max(map(len, spelt), default=None)
 
 
-def system_fingerprint(info: Ready) -> str:
-    """Changes exactly when answers may: with weights, version, arithmetic."""
-    facts = (info.weights_fingerprint, __version__, info.tier, info.device_name, info.dtype)
-    return "fp_" + hashlib.sha256("|".join(facts).encode()).hexdigest()[:16]
+def system_fingerprint(info: Ready, *, chat_template: str | None, defaults: Mapping[str, float | int]) -> str:
+    """Changes exactly when answers may: with weights, versions, arithmetic, room, template and defaults.
+
+    chat_template: its text. defaults: the sampling fields that hold where a request leaves them out.
+    """
+    facts = [
+        info.weights_fingerprint,
+        __version__,
+        *_library_versions(),
+        info.tier,
+        info.device_name,
+        info.dtype,
+        info.max_model_len,
+        info.max_sequence_tokens,
+        chat_template,
+        dict(defaults),
+    ]
+    return "fp_" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@cache
+def _library_versions() -> tuple[str, ...]:
+    """Of those that compute; the engine's process has the same ones."""
+    return tuple(metadata.version(name) for name in ("torch", "transformers"))
 
 
 def new_id(prefix: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, from_json
 
+from reprise.api.json_bounds import check_structure
 from reprise.errors import InvalidRequestError
 
 RequestModel = TypeVar("RequestModel", bound=BaseModel)
@@ -30,6 +31,7 @@ _EXPECTED = {
     "none_required": "null",
     "string_type": "a string",
 }
+_NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 _LIMITS = {
     "greater_than": ("greater than", "gt"),
     "greater_than_equal": ("at least", "ge"),
@@ -40,8 +42,10 @@ _LIMITS = {
 
 def parse(model: type[RequestModel], body: bytes) -> RequestModel:
     """The request that a body is. Raises InvalidRequestError."""
+    check_structure(body)
     try:
-        value = from_json(body, allow_inf_nan=False)
+        # NaN and infinities are no JSON, but a refusal by the field's own rule names the field.
+        value = from_json(body, allow_inf_nan=True)
     except ValueError as error:
         raise InvalidRequestError(f"The body is not valid JSON: {error}.", code="invalid_json") from None
     if not isinstance(value, dict):
@@ -113,8 +117,13 @@ def _explain(model: type[BaseModel], problem: ErrorDetails, path: list[str | int
             return f"Unknown parameter: '{name}'.{_suggestion(model, path)}", "unknown_parameter"
         case "union_tag_invalid":
             return f"Invalid '{name}': must be one of {context['expected_tags']}.", "invalid_value"
-        case "unsupported_parameter" | "unsupported_content":
+        case "unsupported_parameter":
+            return f"'{name}' {problem['msg']}.", kind
+        case "unsupported_content":
             return f"'{name}': {problem['msg']}.", kind
+        case "wrong_type":
+            given = _kind(problem["input"])
+            return f"Invalid type for '{name}': expected {context['expected']}, got {given}.", "invalid_type"
         case "literal_error":
             return f"Invalid '{name}': must be {context['expected']}.", "invalid_value"
         case "finite_number":
@@ -122,11 +131,11 @@ def _explain(model: type[BaseModel], problem: ErrorDetails, path: list[str | int
         case "string_pattern_mismatch":
             return f"Invalid '{name}': a member's name must be a token id in digits.", "invalid_value"
         case "string_too_short" | "too_short":
-            unit = "characters" if kind == "string_too_short" else "items"
-            return f"Invalid '{name}': must have at least {context['min_length']} {unit}.", "invalid_value"
+            least = _counted(context["min_length"], "character" if kind == "string_too_short" else "item")
+            return f"Invalid '{name}': must have at least {least}.", "invalid_value"
         case "string_too_long" | "too_long":
-            unit = "characters" if kind == "string_too_long" else "items"
-            return f"Invalid '{name}': must have at most {context['max_length']} {unit}.", "invalid_value"
+            most = _counted(context["max_length"], "character" if kind == "string_too_long" else "item")
+            return f"Invalid '{name}': must have at most {most}.", "invalid_value"
     if kind in _LIMITS:
         words, key = _LIMITS[kind]
         return f"Invalid '{name}': {problem['input']} must be {words} {context[key]}.", "invalid_value"
@@ -136,6 +145,10 @@ def _explain(model: type[BaseModel], problem: ErrorDetails, path: list[str | int
     return f"Invalid '{name}': {problem['msg']}.", "invalid_value"
 
 
+def _counted(number: int, unit: str) -> str:
+    return f"{number} {unit}" if number == 1 else f"{number} {unit}s"
+
+
 def _kind(value: object) -> str:
     """What a value is, in JSON's words; numbers and constants as they are."""
     match value:
@@ -143,8 +156,10 @@ def _kind(value: object) -> str:
             return "null"
         case bool():
             return "true" if value else "false"
-        case int() | float():
-            return f"{value:.17g}" if isinstance(value, float) else f"{value}"[:32]
+        case float():
+            return _NOT_FINITE.get(str(value), f"{value:.17g}")
+        case int():
+            return f"{value}"[:32]
         case str():
             return "a string"
         case list():

@@ -9,8 +9,17 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WithJsonSchema,
+    WrapValidator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticKnownError
 
 MAX_TEXT = 16 * 1024**2
 """Characters of a text; the limit on the body's bytes (a setting) is usually the smaller one."""
@@ -25,7 +34,26 @@ def _integral(value: object) -> object:
 
 
 def _as_list(value: object) -> object:
-    return [value] if isinstance(value, str) else value
+    if isinstance(value, str | list):
+        return [value] if isinstance(value, str) else value
+    raise wrong_type("a string or an array of strings")
+
+
+def wrong_type(expected: str) -> PydanticCustomError:
+    """The error for a value of no type that a field of several types takes."""
+    return PydanticCustomError("wrong_type", "expected {expected}", {"expected": expected})
+
+
+def _few(limit: int) -> BeforeValidator:
+    """Refuse an object of more members before any of them is looked at."""
+
+    def check(value: object) -> object:
+        if isinstance(value, dict) and len(value) > limit:
+            context = {"field_type": "Dictionary", "max_length": limit, "actual_length": len(value)}
+            raise PydanticKnownError("too_long", context)
+        return value
+
+    return BeforeValidator(check)
 
 
 Integral = BeforeValidator(_integral)
@@ -35,6 +63,30 @@ Text = Annotated[str, Field(strict=True, max_length=MAX_TEXT)]
 Name = Annotated[str, Field(strict=True, max_length=512)]
 Word = Annotated[str, Field(strict=True, max_length=64)]
 TokenId = Annotated[int, Field(strict=True, ge=0, le=MAX_INT32)]
+_token_id = TypeAdapter(TokenId)
+_PIECE = 4096
+
+
+def _check_token_ids(value: object, validate: ValidatorFunctionWrapHandler) -> object:
+    """As pydantic would, but piece by piece: other threads get their turns, and the first error is the only one."""
+    if not isinstance(value, list) or len(value) > MAX_TEXT:
+        return validate(value)
+    for start in range(0, len(value), _PIECE):
+        piece = value[start : start + _PIECE]
+        if set(map(type, piece)) == {int} and min(piece) >= 0 and max(piece) <= MAX_INT32:
+            continue
+        for index, item in enumerate(piece, start):
+            try:
+                _token_id.validate_python(item)
+            except ValidationError as error:
+                problem = error.errors(include_url=False)[0]
+                located = InitErrorDetails(type=problem["type"], loc=(index,), input=item, ctx=problem.get("ctx", {}))
+                raise ValidationError.from_exception_data("token ids", [located]) from None
+    return value
+
+
+TokenIds = Annotated[list[TokenId], Field(max_length=MAX_TEXT), WrapValidator(_check_token_ids)]
+"""Any number of ids; the context of the model bounds them."""
 Count = Annotated[int, Field(strict=True, ge=1, le=MAX_INT32), Integral]
 CountOrZero = Annotated[int, Field(strict=True, ge=0, le=MAX_INT32), Integral]
 Seed = Annotated[int, Field(strict=True, ge=-(2**63), le=2**63 - 1), Integral]
@@ -54,10 +106,12 @@ LogitBias = Annotated[
         Annotated[float, Field(strict=True, ge=-100, le=100, allow_inf_nan=False)],
     ],
     Field(max_length=1024),
+    _few(1024),
 ]
 Metadata = Annotated[
     dict[Annotated[str, Field(strict=True, max_length=64)], Annotated[str, Field(strict=True, max_length=512)]],
     Field(max_length=16),
+    _few(16),
 ]
 
 _MAX_JSON_DEPTH = 16
@@ -74,8 +128,7 @@ def _bounded(value: dict[str, Any]) -> dict[str, Any]:
         for node in level:
             below.extend(node.values() if isinstance(node, dict) else node)
         nodes += len(below)
-        finite = all(math.isfinite(node) for node in below if isinstance(node, float))
-        if nodes > _MAX_JSON_NODES or not finite:
+        if nodes > _MAX_JSON_NODES or not all(math.isfinite(node) for node in below if isinstance(node, float)):
             break
         level = [node for node in below if isinstance(node, dict | list)]
         if not level:
@@ -90,6 +143,7 @@ def _bounded(value: dict[str, Any]) -> dict[str, Any]:
 JsonObject = Annotated[
     dict[str, Any],
     Field(max_length=_MAX_JSON_MEMBERS),
+    _few(_MAX_JSON_MEMBERS),
     AfterValidator(_bounded),
     WithJsonSchema({"type": "object", "maxProperties": _MAX_JSON_MEMBERS}),
 ]

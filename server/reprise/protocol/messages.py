@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
-from reprise.protocol.fields import Name, Text, Unsupported
+from reprise.protocol.fields import Name, Text, Unsupported, wrong_type
 from reprise.protocol.parameters import Request
 
 
@@ -33,17 +33,33 @@ class RefusalPart(Request):
     refusal: Text
 
 
+def _text_or_parts(value: Any) -> Any:
+    if isinstance(value, str | list):
+        return value
+    raise wrong_type("a string or an array of content parts")
+
+
 def _content_kind(value: Any) -> str:
     return "parts" if isinstance(value, list) else "text"
 
 
 MAX_PARTS = 4096
-TextParts = Annotated[list[Annotated[TextPart, BeforeValidator(_text_only)]], Field(max_length=MAX_PARTS)]
+TextParts = Annotated[
+    list[Annotated[TextPart, BeforeValidator(_text_only)]], Field(max_length=MAX_PARTS, fail_fast=True)
+]
 AssistantPart = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
-AssistantParts = Annotated[list[Annotated[AssistantPart, BeforeValidator(_text_only)]], Field(max_length=MAX_PARTS)]
-Content = Annotated[Annotated[Text, Tag("text")] | Annotated[TextParts, Tag("parts")], Discriminator(_content_kind)]
+AssistantParts = Annotated[
+    list[Annotated[AssistantPart, BeforeValidator(_text_only)]], Field(max_length=MAX_PARTS, fail_fast=True)
+]
+Content = Annotated[
+    Annotated[Text, Tag("text")] | Annotated[TextParts, Tag("parts")],
+    Discriminator(_content_kind),
+    BeforeValidator(_text_or_parts),
+]
 AssistantContent = Annotated[
-    Annotated[Text, Tag("text")] | Annotated[AssistantParts, Tag("parts")], Discriminator(_content_kind)
+    Annotated[Text, Tag("text")] | Annotated[AssistantParts, Tag("parts")],
+    Discriminator(_content_kind),
+    BeforeValidator(_text_or_parts),
 ]
 
 
@@ -108,4 +124,4 @@ Message = Annotated[
     DeveloperMessage | SystemMessage | UserMessage | AssistantMessage | ToolMessage | FunctionMessage,
     Field(discriminator="role"),
 ]
-Messages = Annotated[list[Message], Field(min_length=1, max_length=4096)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]

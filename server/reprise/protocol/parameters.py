@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from itertools import islice
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails
 
 from reprise.protocol.fields import (
     MAX_INT32,
@@ -25,12 +27,24 @@ from reprise.protocol.fields import (
 )
 
 MAX_CHOICES = 128
+MAX_MEMBERS = 128
+"""Members of an object with known ones only, above any request's; beyond it not all unknown ones are told."""
+_MAX_TOLD = 6
 
 
 class Request(BaseModel):
     """A JSON object with known members only. Every scalar may be null, which means its default."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _stop_early(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > MAX_MEMBERS:
+            unknown = (name for name in value if name not in cls.model_fields)
+            told = [InitErrorDetails(type="extra_forbidden", loc=(n,), input=None) for n in islice(unknown, _MAX_TOLD)]
+            raise ValidationError.from_exception_data(cls.__name__, told)
+        return value
 
 
 class StreamOptions(Request):
@@ -88,12 +102,12 @@ class GenerationParameters(Request):
     """0 and -1 are off."""
     min_p: Share | None = None
     typical_p: PositiveShare | None = None
-    repetition_penalty: Annotated[float, Field(strict=True, gt=0, le=100, allow_inf_nan=False)] | None = None
+    repetition_penalty: Annotated[float, Field(strict=True, ge=0.01, le=100, allow_inf_nan=False)] | None = None
     bad_words: Words | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=128)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=128, fail_fast=True)] | None = None
     include_stop_str_in_output: Flag | None = None
     ignore_eos: Flag | None = None
-    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=2**18)] | None = None
+    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=2**18, fail_fast=True)] | None = None
     use_cache: Flag | None = None
     add_special_tokens: Flag | None = None
     skip_special_tokens: Flag | None = None

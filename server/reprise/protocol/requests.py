@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from reprise.protocol.fields import (
-    MAX_TEXT,
+    Count,
     Flag,
     Integral,
     JsonObject,
     Text,
-    TokenId,
+    TokenIds,
     Unsupported,
     neutral_only,
+    wrong_type,
 )
 from reprise.protocol.messages import Messages
 from reprise.protocol.parameters import ChatTemplateParameters, GenerationParameters, Request
@@ -35,6 +36,9 @@ class ChatCompletionRequest(GenerationParameters, ChatTemplateParameters):
     }
 
     messages: Messages
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    max_new_tokens: Count | None = None
     logprobs: Flag | None = None
     top_logprobs: Annotated[int, Field(strict=True, ge=0, le=20), Integral] | None = None
     # Without effect here, and reported as such.
@@ -65,13 +69,19 @@ def _prompt_kind(value: Any) -> str:
     return "token_ids" if isinstance(first, int | float) else "texts"
 
 
-TokenIds = Annotated[list[TokenId], Field(max_length=MAX_TEXT)]
+def _prompt_type(value: Any) -> Any:
+    if isinstance(value, str | list):
+        return value
+    raise wrong_type("a string, an array of strings, an array of token ids or an array of such arrays")
+
+
 Prompt = Annotated[
     Annotated[Text, Tag("text")]
     | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS), Tag("texts")]
     | Annotated[TokenIds, Tag("token_ids")]
     | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS), Tag("token_id_lists")],
     Discriminator(_prompt_kind),
+    BeforeValidator(_prompt_type),
 ]
 """A text, texts, token ids or lists of token ids."""
 

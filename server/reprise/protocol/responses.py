@@ -8,7 +8,15 @@ from msgspec import UNSET, Struct, UnsetType
 
 from reprise.types import FinishReason
 
+LEAST_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON cannot say; OpenAI's value for it."""
+
 Finished = Literal[FinishReason.STOP, FinishReason.LENGTH]
+
+
+def finite(logprob: float) -> float:
+    """A log-probability as JSON can say it."""
+    return max(LEAST_LOGPROB, logprob)
 
 
 class PromptTokensDetails(Struct, frozen=True):
@@ -40,7 +48,7 @@ class RepriseExtension(Struct, frozen=True):
 
 
 class TokenLogprob(Struct, frozen=True):
-    """A likely token at a position; `bytes` of all chosen tokens joined are the text."""
+    """A likely token at a position."""
 
     token: str
     logprob: float
@@ -48,6 +56,12 @@ class TokenLogprob(Struct, frozen=True):
 
 
 class PositionLogprobs(Struct, frozen=True):
+    """`bytes` of all positions joined are the text.
+
+    Where a stop string cuts a token in two, that last position is the whole token, more than the text has of it;
+    tokens behind the cut are left out.
+    """
+
     token: str
     logprob: float
     bytes: list[int]
@@ -111,7 +125,11 @@ class ChatCompletion(Struct, frozen=True, kw_only=True):
 
 
 class LegacyLogprobs(Struct):
-    """Parallel arrays, one entry a token; `text_offset` counts characters of the choice's text."""
+    """Parallel arrays, one entry a token; `text_offset` counts characters of the choice's text.
+
+    A token that is part of a character is spelt `bytes:` and hexadecimal escapes. A stop string's cut is as in
+    `PositionLogprobs`.
+    """
 
     tokens: list[str]
     token_logprobs: list[float | None]
