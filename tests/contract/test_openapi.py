@@ -100,7 +100,8 @@ def test_errors(api: LiveApi, path: str, body: Any, status: int) -> None:
 
 def test_errors_within_streams(api: LiveApi) -> None:
     word = api.post("/detokenize", {"tokens": [40]}).json()["prompt"]
-    body = PROMPT | {"stream": True, "allowed_token_ids": [40], "bad_words": [word]}
+    # The second token would complete the word: what fails at the first is refused before the stream.
+    body = PROMPT | {"stream": True, "allowed_token_ids": [40], "bad_words": [2 * word]}
     assert "error" in events(api.post(COMPLETIONS, body).text)[-2]
 
 
