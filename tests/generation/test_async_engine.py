@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from reprise.errors import GenerationError, ModelLoadError, UnavailableError
-from reprise.generation.async_engine import AsyncEngine, RequestStream, merge
+from reprise.generation.async_engine import AsyncEngine
 from reprise.generation.interface import EngineState
+from reprise.generation.request_stream import RequestStream, merge
 from reprise.ipc.messages import EngineConfig, LoadProgress
 from reprise.text.tokenizer import Tokenizer
 from reprise.types import ChoiceDelta, FinishReason, GenerationRequest, SamplingParams, StopStrings
