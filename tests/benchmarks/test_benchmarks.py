@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks import floors, load, rows, shapes, use_cache
+from benchmarks import floors, load, rows, shapes, steps, use_cache
 from benchmarks.load import Load, summarise
 from benchmarks.report import percentile, table
 from benchmarks.streaming import StreamTimes, stream_completion
+from reprise.engine import attention
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,7 +27,7 @@ def result_of(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], dict[str, 
     return lines, result
 
 
-@pytest.mark.parametrize("name", ["load", "use_cache", "floors", "shapes", "rows"])
+@pytest.mark.parametrize("name", ["load", "use_cache", "floors", "shapes", "rows", "steps"])
 def test_help(name: str) -> None:
     finished = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", "--help"],
@@ -188,3 +189,12 @@ def test_rows_finds_none_that_differ_among_what_the_engine_computes(capsys: pyte
     lines, result = result_of(capsys)
     assert result["multiples_of_4_that_differ"] == []
     assert len(lines) == 1 + len(result["differing"])
+
+
+def test_steps_times_both_attentions_and_puts_the_engines_own_back(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--dtype", "float32", "--sequences", "2", "--new-tokens", "4", "--repeats", "1"]
+    assert steps.main(arguments) == 0
+    _, result = result_of(capsys)
+    (measured,) = result["results"]
+    assert measured["fixed_ms"] > 0 < measured["torch_ms"]
+    assert attention.attend is steps.FIXED

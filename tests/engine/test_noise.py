@@ -1,4 +1,4 @@
-"""The draw's noise: a pure function of its four words, uniform, and the same on every device."""
+"""The draw's noise: a pure function of its four words, uniform, and the same for ever."""
 
 from __future__ import annotations
 
