@@ -1,7 +1,8 @@
 """Sampling without state: the noise of a draw is a hash of (seed, choice index, position, token id).
 
 The same number comes out after a preemption, a restart or in another batch: integers alone until the last step, whose
-wrapping products have one definition on every device. SplitMix64's finaliser (Steele, Lea and Flood 2014) absorbs one word after the other.
+wrapping products have one definition on every device. SplitMix64's finaliser (Steele, Lea and Flood 2014) absorbs one
+word after the other.
 """
 
 from __future__ import annotations
