@@ -21,7 +21,8 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     cuda) pip install "torch==$version" ;; \
     *) echo "TORCH is '$TORCH'; it is cpu or cuda" >&2; exit 1 ;; \
     esac
-COPY pyproject.toml README.md LICENSE ./
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY server server
 RUN --mount=type=cache,target=/root/.cache/pip pip install --constraint constraints.txt .
 

@@ -21,7 +21,8 @@ ALLOWED = {
     "text": {"types", "errors"},
     "generation": {"text", "ipc", "types", "errors"},
     "engine": {"ipc", "types", "errors"},
-    "api": {"protocol", "generation", "text", "ipc", "types", "errors", "settings", "config", "reprise"},
+    "replay": {"generation", "ipc", "types", "errors", "printable", "reprise"},
+    "api": {"protocol", "generation", "text", "ipc", "types", "errors", "settings", "config", "replay", "reprise"},
 }
 ENTRY_POINTS = {("generation/engine_entry.py", "engine")}
 """The one function that a forked engine process begins with."""

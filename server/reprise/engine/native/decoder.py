@@ -1,0 +1,162 @@
+"""A transformers model of the Llama family as the native decoder sees it: packed weights, own keys and values.
+
+The decoder keeps the residual stream and every sum in float32 and rounds to the weights' type only what goes into a
+matrix product, so in bfloat16 it is nearer to the model in float32 than the model's own forward is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from reprise.engine.native.library import Decoder, LayerWeights, NativeContext, Step, built_variants, check_outcome
+
+MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+BLOCK = 16
+PANEL = 32
+GROUP = 16
+MAX_HEAD_DIM = 256
+MAX_QUERY_GROUP = 48
+_MULTIPLE = 16
+
+
+def unsupported(model: PreTrainedModel) -> str:
+    """Why the native decoder cannot run this model; empty where it can."""
+    if not built_variants():
+        return "the native decoder was not built for this CPU"
+    config: Any = model.config
+    if config.model_type not in MODEL_TYPES:
+        return f"the native decoder has no models of type {config.model_type}"
+    if model.device.type != "cpu" or model.dtype not in (torch.bfloat16, torch.float32):
+        return f"the native decoder does not run in {str(model.dtype).removeprefix('torch.')} on {model.device.type}"
+    if config.hidden_act not in ("silu", "swish"):
+        return f"the native decoder has no activation {config.hidden_act}"
+    parts: Any = model.model
+    attention, mlp = parts.layers[0].self_attn, parts.layers[0].mlp
+    if any(linear.bias is not None for linear in (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)):
+        return "the native decoder has no biases there"
+    sizes = (config.hidden_size, config.intermediate_size, attention.head_dim)
+    if any(size % _MULTIPLE for size in sizes) or attention.head_dim > MAX_HEAD_DIM:
+        return f"the native decoder takes sizes that are multiples of {_MULTIPLE}, not {sizes}"
+    if config.num_attention_heads > MAX_QUERY_GROUP * config.num_key_value_heads:
+        return "the native decoder has no query groups of that size"
+    if parts.rotary_emb(torch.zeros(1), torch.zeros(1, 1, dtype=torch.int64))[0].shape[-1] != attention.head_dim:
+        return "the native decoder rotates heads as a whole"
+    return ""
+
+
+class NativeDecoder:
+    """The weights of a model, packed, with keys and values for `num_blocks` blocks of BLOCK tokens.
+
+    `windows`: the sliding window of each layer, None for everything. `release`: give up each weight of the model as
+    soon as it is packed, so that the memory holds one copy; the model is of no use after that.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        windows: Sequence[int | None],
+        *,
+        num_blocks: int,
+        max_positions: int,
+        context: NativeContext,
+        release: bool = False,
+    ) -> None:
+        self._context = context
+        self._release = release
+        self._dtype = model.dtype
+        self._element_size = model.dtype.itemsize
+        self._kept: list[Tensor] = []
+        config: Any = model.config
+        parts: Any = model.model
+        head_dim: int = parts.layers[0].self_attn.head_dim
+        head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+        self.vocab_size: int = head.weight.shape[0]
+        self.num_embeddings: int = parts.embed_tokens.weight.shape[0]
+        self.max_positions = max_positions
+        self.num_slots = num_blocks * BLOCK
+        layers = (LayerWeights * len(parts.layers))()
+        for layer, weights, window in zip(parts.layers, layers, windows, strict=True):
+            self._fill(layer, weights, window, num_blocks, config.num_key_value_heads * head_dim)
+        tied = head.weight.data_ptr() == parts.embed_tokens.weight.data_ptr()
+        embedding = self._packed([parts.embed_tokens.weight])
+        positions = torch.arange(max_positions)[None]
+        cosines, sines = parts.rotary_emb(torch.zeros(1), positions)
+        self._decoder = Decoder(
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=head_dim,
+            vocab=self.vocab_size,
+            num_layers=len(parts.layers),
+            epsilon=config.rms_norm_eps,
+            scale=parts.layers[0].self_attn.scaling,
+            layers=layers,
+            embedding=embedding,
+            output=embedding if tied else self._packed([head.weight]),
+            final_norm=self._float32([parts.norm.weight]),
+            cosines=self._float32([cosines[0, :, : head_dim // 2]]),
+            sines=self._float32([sines[0, :, : head_dim // 2]]),
+        )
+
+    def forward(self, step: Step) -> None:
+        """Compute a step. Releases the interpreter's lock; one step runs at a time. Raises MemoryError.
+
+        What it names is not checked: token ids are below `num_embeddings`, positions below `max_positions`, slots below
+        `num_slots`.
+        """
+        decoder, arguments = ctypes.byref(self._decoder), ctypes.byref(step)
+        check_outcome(
+            self._context.library.reprise_forward(self._context.handle, decoder, arguments, self._element_size)
+        )
+
+    def _fill(self, layer: Any, weights: LayerWeights, window: int | None, num_blocks: int, size_of_token: int) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        weights.query_key_value = self._packed([projection.weight for projection in projections])
+        weights.output = self._packed([attention.o_proj.weight])
+        weights.gate_up = self._packed([mlp.gate_proj.weight, mlp.up_proj.weight], interleaved=True)
+        weights.down = self._packed([mlp.down_proj.weight])
+        if projections[0].bias is not None:
+            weights.query_key_value_bias = self._float32([projection.bias for projection in projections])
+        weights.input_norm = self._float32([layer.input_layernorm.weight])
+        weights.post_norm = self._float32([layer.post_attention_layernorm.weight])
+        if hasattr(attention, "q_norm"):
+            weights.query_norm = self._float32([attention.q_norm.weight])
+            weights.key_norm = self._float32([attention.k_norm.weight])
+        weights.keys = self._zeros(num_blocks * BLOCK * size_of_token)
+        weights.values = self._zeros(num_blocks * BLOCK * size_of_token)
+        weights.window = window or 0
+
+    def _packed(self, weights: Sequence[nn.Parameter], *, interleaved: bool = False) -> int:
+        """The address of weights [rows, inner] as one, their rows one after the other or (of two) group by group."""
+        inner = weights[0].shape[1]
+        columns = sum(weight.shape[0] for weight in weights)
+        address = self._zeros(-(-columns // PANEL) * PANEL * inner)
+        first = 0
+        for index, weight in enumerate(weights):
+            rows = weight.detach().contiguous()
+            place = (0, GROUP, index * GROUP) if interleaved else (first, 0, 0)
+            self._context.library.reprise_pack(
+                self._context.handle, rows.data_ptr(), rows.shape[0], inner, address, *place, self._element_size
+            )
+            first += rows.shape[0]
+            if self._release:
+                weight.data = weight.data.new_empty(0)
+        return address
+
+    def _zeros(self, size: int) -> int:
+        return self._keep(torch.zeros(size, dtype=self._dtype))
+
+    def _float32(self, tensors: Iterable[Tensor]) -> int:
+        return self._keep(torch.cat([tensor.detach().float() for tensor in tensors]).contiguous())
+
+    def _keep(self, tensor: Tensor) -> int:
+        self._kept.append(tensor)
+        return tensor.data_ptr()

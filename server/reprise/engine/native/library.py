@@ -1,0 +1,172 @@
+"""The native decoder's library: found, loaded, and its C structures as ctypes knows them.
+
+It is compiled when Reprise is installed, once for each instruction set that is worth it (see hatch_build.py); where
+there was no compiler there is none, and models run through torch alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import platform
+from ctypes import POINTER, Structure, c_float, c_int, c_int64, c_uint64, c_void_p
+from functools import cache
+from pathlib import Path
+
+_NO_MEMORY = 1
+VARIANTS = {
+    "avx512bf16": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx2", "fma"}),
+    "avx2": frozenset({"avx2", "fma"}),
+}
+"""For x86-64, the fastest first, with the CPU's flags that each needs; elsewhere there is one, «generic»."""
+
+
+class LayerWeights(Structure):
+    """`LayerWeights` of decoder.cpp."""
+
+    _fields_ = (
+        ("query_key_value", c_void_p),
+        ("output", c_void_p),
+        ("gate_up", c_void_p),
+        ("down", c_void_p),
+        ("query_key_value_bias", c_void_p),
+        ("input_norm", c_void_p),
+        ("post_norm", c_void_p),
+        ("query_norm", c_void_p),
+        ("key_norm", c_void_p),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("window", c_int64),
+    )
+
+
+class Decoder(Structure):
+    """`Decoder` of decoder.cpp."""
+
+    _fields_ = (
+        ("hidden", c_int64),
+        ("intermediate", c_int64),
+        ("num_heads", c_int64),
+        ("num_kv_heads", c_int64),
+        ("head_dim", c_int64),
+        ("vocab", c_int64),
+        ("num_layers", c_int64),
+        ("epsilon", c_float),
+        ("scale", c_float),
+        ("layers", POINTER(LayerWeights)),
+        ("embedding", c_void_p),
+        ("output", c_void_p),
+        ("final_norm", c_void_p),
+        ("cosines", c_void_p),
+        ("sines", c_void_p),
+    )
+
+
+class Span(Structure):
+    """`Span` of decoder.cpp."""
+
+    _fields_ = (("query_start", c_int64), ("num_queries", c_int64), ("num_tokens", c_int64), ("blocks", c_void_p))
+
+
+class Step(Structure):
+    """`Step` of decoder.cpp."""
+
+    _fields_ = (
+        ("num_tokens", c_int64),
+        ("num_spans", c_int64),
+        ("num_logit_rows", c_int64),
+        ("token_ids", c_void_p),
+        ("positions", c_void_p),
+        ("slots", c_void_p),
+        ("spans", POINTER(Span)),
+        ("logit_rows", c_void_p),
+        ("logits", c_void_p),
+    )
+
+
+def cpu_flags() -> frozenset[str]:
+    """Of the first CPU, as Linux tells them; none on other systems."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line for line in lines if line.startswith("flags")), "").partition(":")[2].split())
+
+
+def library_name(variant: str) -> str:
+    return f"decoder-{variant}.so"
+
+
+def variants_for(machine: str, flags: frozenset[str]) -> list[str]:
+    """Those that run on a CPU with these flags, the fastest first."""
+    if machine not in ("x86_64", "AMD64"):
+        return ["generic"]
+    return [name for name, needed in VARIANTS.items() if needed <= flags]
+
+
+def sources_digest(directory: Path) -> int:
+    """Of the C++ sources: a library that was compiled from others is not used."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted([*directory.glob("*.cpp"), *directory.glob("*.h")]):
+        digest.update(path.read_bytes())
+    return int.from_bytes(digest.digest(), "big")
+
+
+@cache
+def load_variant(variant: str) -> ctypes.CDLL | None:
+    """The library for that instruction set; None where it was not built from these sources."""
+    directory = Path(__file__).parent
+    try:
+        library = ctypes.CDLL(str(directory / library_name(variant)))
+        library.reprise_sources.restype = c_uint64
+        if library.reprise_sources() != sources_digest(directory):
+            return None
+    except (OSError, AttributeError):
+        return None
+    library.reprise_create.restype = c_void_p
+    library.reprise_create.argtypes = [c_int]
+    library.reprise_destroy.restype = None
+    library.reprise_destroy.argtypes = [c_void_p]
+    library.reprise_pack.restype = None
+    library.reprise_pack.argtypes = [
+        *(c_void_p, c_void_p, c_int64, c_int64, c_void_p),
+        *(c_int64, c_int64, c_int64, c_int),
+    ]
+    library.reprise_highest.restype = None
+    library.reprise_highest.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p]
+    library.reprise_draw.restype = c_int
+    library.reprise_draw.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p]
+    library.reprise_forward.restype = c_int
+    library.reprise_forward.argtypes = [c_void_p, POINTER(Decoder), POINTER(Step), c_int]
+    return library
+
+
+def built_variants() -> list[str]:
+    """Those that were built and that this CPU runs, the fastest first."""
+    return [name for name in variants_for(platform.machine(), cpu_flags()) if load_variant(name) is not None]
+
+
+class NativeContext:
+    """The library with threads of its own. Calls release the interpreter's lock; one runs at a time."""
+
+    def __init__(self, num_threads: int, variant: str | None = None) -> None:
+        """variant: one of `built_variants`, by default the fastest. Raises RuntimeError where there is none."""
+        self.variant = variant or next(iter(built_variants()), "")
+        library = load_variant(self.variant) if self.variant else None
+        handle = None if library is None else library.reprise_create(num_threads)
+        if library is None or handle is None:
+            raise RuntimeError("the native library was not built for this CPU, or has no memory for its threads")
+        self.library = library
+        self.handle: int = handle
+
+    def __del__(self) -> None:
+        if hasattr(self, "handle"):
+            self.library.reprise_destroy(self.handle)
+
+
+def check_outcome(code: int) -> None:
+    """Of a call. Raises MemoryError, or RuntimeError for whatever else went wrong."""
+    if code == _NO_MEMORY:
+        raise MemoryError("the native decoder is short of memory")
+    if code:
+        raise RuntimeError("the native decoder failed")

@@ -1,0 +1,146 @@
+// Choosing tokens from scores: the most likely one, or the Gumbel maximum under the noise of noise.py.
+
+#include <math.h>
+
+#include "context.h"
+#include "vectors.h"
+
+namespace {
+
+constexpr long SEGMENT = 16384;      // token ids that one task looks at
+constexpr double MARGIN = 1e-7;      // far above the error of `logarithm`, so that the winner is among those recomputed
+
+typedef double doubles __attribute__((vector_size(64)));
+typedef int64_t longs __attribute__((vector_size(64)));
+typedef uint64_t hashes __attribute__((vector_size(64)));
+typedef float eight_floats __attribute__((vector_size(32)));
+
+inline doubles splat(double x) { return x - doubles{}; }
+
+constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15ull;
+
+// The finaliser of SplitMix64.
+template <class W> inline W mixed(W word) {
+  word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9ull;
+  word = (word ^ (word >> 27)) * 0x94D049BB133111EBull;
+  return word ^ (word >> 31);
+}
+
+// Natural logarithm of positive normal numbers, good to about 1e-13: the series of the inverse hyperbolic tangent.
+inline doubles logarithm(doubles x) {
+  longs bits = (longs)x;
+  longs shifted = bits - 0x3fe6a09e667f3bcdll;  // the bits of sqrt(1/2)
+  doubles exponent = __builtin_convertvector(shifted >> 52, doubles);
+  doubles m = (doubles)(bits - (shifted & (int64_t)(0xfffull << 52)));
+  doubles s = (m - 1.0) / (m + 1.0), z = s * s;
+  doubles p = splat(1.0 / 15);
+  p = p * z + 1.0 / 13;
+  p = p * z + 1.0 / 11;
+  p = p * z + 1.0 / 9;
+  p = p * z + 1.0 / 7;
+  p = p * z + 1.0 / 5;
+  p = p * z + 1.0 / 3;
+  p = p * z + 1.0;
+  return exponent * 0.69314718055994530942 + 2.0 * s * p;
+}
+
+inline double uniform(uint64_t key, long token) {
+  uint64_t word = mixed(key + (uint64_t)(token + 1) * GOLDEN);
+  return ((double)(word >> 11) + 0.5) * 0x1p-53;
+}
+
+struct Best {
+  double score;
+  long token;
+};
+
+void draw(Context& context, const float* scores, long num_rows, long size, const uint64_t* keys, int32_t* token_ids) {
+  long num_segments = divide_up(size, SEGMENT);
+  std::vector<Best> found(num_rows * num_segments);
+  std::vector<double> totals((size_t)context.pool.size() * (SEGMENT + 8));
+  context.pool.run(num_rows * num_segments, [&](long task, int thread) {
+    long row = task / num_segments, first = task % num_segments * SEGMENT;
+    long count = size - first < SEGMENT ? size - first : SEGMENT;
+    const float* x = scores + row * size + first;
+    double* total = totals.data() + (size_t)thread * (SEGMENT + 8);
+    uint64_t key = keys[row];
+    doubles peak = splat(-__builtin_inf());
+    hashes words;
+    for (int lane = 0; lane < 8; lane++) words[lane] = key + (uint64_t)(first + lane + 1) * GOLDEN;
+    long i = 0;
+    for (; i + 8 <= count; i += 8, words += 8 * GOLDEN) {
+      doubles u = (__builtin_convertvector(mixed(words) >> 11, doubles) + 0.5) * 0x1p-53;
+      doubles noise = -logarithm(-logarithm(u));
+      doubles value = __builtin_convertvector(load<eight_floats>(x + i), doubles) + noise;
+      store(total + i, value);
+      longs higher = value > peak;
+      peak = (doubles)((higher & (longs)value) | (~higher & (longs)peak));
+    }
+    double most = -__builtin_inf();
+    for (int lane = 0; lane < 8; lane++) most = peak[lane] > most ? peak[lane] : most;
+    for (; i < count; i++) {
+      total[i] = x[i] - log(-log(uniform(key, first + i)));
+      most = total[i] > most ? total[i] : most;
+    }
+    Best best{-__builtin_inf(), first};
+    for (i = 0; i < count && most > -__builtin_inf(); i++)
+      if (total[i] >= most - MARGIN) {
+        double exact = x[i] - log(-log(uniform(key, first + i)));
+        if (exact > best.score) best = {exact, first + i};
+      }
+    found[task] = best;
+  });
+  for (long row = 0; row < num_rows; row++) {
+    Best best = found[row * num_segments];
+    for (long s = 1; s < num_segments; s++)
+      if (found[row * num_segments + s].score > best.score) best = found[row * num_segments + s];
+    token_ids[row] = (int32_t)best.token;
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// For each row of scores [num_rows][size]: the first of its highest, and bit 0 of `flags` where some are NaN.
+void reprise_highest(Context* context, const float* scores, int64_t num_rows, int64_t size, int32_t* token_ids, float* highest,
+                     uint8_t* flags) {
+  context->pool.run(num_rows, [&](long row, int) {
+    const float* x = scores + row * size;
+    floats peak = splat(-__builtin_inff());
+    ints nan{};
+    long i = 0;
+    for (; i + LANES <= size; i += LANES) {
+      floats v = load<floats>(x + i);
+      nan |= v != v;
+      peak = maximum(v, peak);
+    }
+    float most = maximum(peak);
+    bool broken = false;
+    for (int lane = 0; lane < LANES; lane++) broken |= nan[lane] != 0;
+    for (; i < size; i++) {
+      broken |= x[i] != x[i];
+      most = x[i] > most ? x[i] : most;
+    }
+    long at = 0;
+    while (at + LANES <= size) {
+      ints equal = load<floats>(x + at) == splat(most);
+      int any = 0;
+      for (int lane = 0; lane < LANES; lane++) any |= equal[lane];
+      if (any) break;
+      at += LANES;
+    }
+    while (at < size - 1 && x[at] != most) at++;
+    token_ids[row] = (int32_t)at;
+    highest[row] = most;
+    flags[row] = broken;
+  });
+}
+
+// For each row of scores [num_rows][size]: the token whose score plus the noise of (keys[row], token) is highest.
+int reprise_draw(Context* context, const float* scores, int64_t num_rows, int64_t size, const uint64_t* keys,
+                 int32_t* token_ids) {
+  return guarded([&] { draw(*context, scores, num_rows, size, keys, token_ids); });
+}
+
+}  // extern "C"
