@@ -11,21 +11,58 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
+        "model_type": "llama",
         "hidden_size": 64,
         "intermediate_size": 176,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "vocab_size": 512,
+        "max_position_embeddings": 2048,
+        "rope_theta": 10_000.0,
+    },
+    # Nobody's, for the ways in which a model is run that a Llama does not take.
+    "tiny-experts": {
+        "model_type": "mixtral",
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "vocab_size": 512,
         "max_position_embeddings": 1024,
+        "rope_theta": 10_000.0,
+    },
+    "tiny-falcon": {
+        "model_type": "falcon",
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 512,
+        "max_position_embeddings": 1024,
+        "rope_theta": 10_000.0,
+    },
+    "falcon-50m": {
+        "model_type": "falcon",
+        "hidden_size": 576,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 9,
+        "vocab_size": 16_384,
+        "max_position_embeddings": 2048,
         "rope_theta": 10_000.0,
     },
     # The shape of HuggingFaceTB/SmolLM2-135M.
     "smollm2-135m": {
+        "model_type": "llama",
         "hidden_size": 576,
         "intermediate_size": 1536,
         "num_hidden_layers": 30,
@@ -34,6 +71,20 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 49_152,
         "max_position_embeddings": 8192,
         "rope_theta": 100_000.0,
+    },
+    # The shape of Qwen/Qwen3-0.6B.
+    "qwen3-0.6b": {
+        "model_type": "qwen3",
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-6,
+        "vocab_size": 151_936,
+        "max_position_embeddings": 40_960,
+        "rope_theta": 1_000_000.0,
     },
 }
 
@@ -84,24 +135,45 @@ def write_tokenizer(directory: Path, vocab_size: int) -> None:
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def write_model(directory: Path, shape: str, *, dtype: str = "bfloat16", seed: int = 0) -> int:
-    """Write configuration, random weights and tokenizer. Returns the number of parameters."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+def layer_matrix_parameters(shape: str) -> int:
+    """Parameters that a prompt's tokens are multiplied with, in a dense model with gated layers as Llama and Qwen3.
 
-    directory.mkdir(parents=True, exist_ok=True)
+    The matrices of all layers: embedding and head are left out.
+    """
+    sizes = SHAPES[shape]
+    hidden, num_heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    head_dim = sizes.get("head_dim", hidden // num_heads)
+    attention = 2 * hidden * head_dim * (num_heads + sizes["num_key_value_heads"])
+    return int(sizes["num_hidden_layers"] * (attention + 3 * hidden * sizes["intermediate_size"]))
+
+
+def empty_model(shape: str) -> PreTrainedModel:
+    """A model of this shape with the weights that its class starts with, in float32."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     sizes = dict(SHAPES[shape])
-    write_tokenizer(directory, sizes["vocab_size"])
     end, start = sizes["vocab_size"] - 2, sizes["vocab_size"] - 1
-    config = LlamaConfig(
-        **{name: size for name, size in sizes.items() if name != "rope_theta"},
-        rope_parameters={"rope_type": "default", "rope_theta": sizes["rope_theta"]},
+    config = AutoConfig.for_model(
+        sizes.pop("model_type"),
+        rope_parameters={"rope_type": "default", "rope_theta": sizes.pop("rope_theta")},
+        **sizes,
         tie_word_embeddings=True,
         eos_token_id=end,
         bos_token_id=start,
     )
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+    return model
+
+
+def write_model(directory: Path, shape: str, *, dtype: str = "bfloat16", seed: int = 0) -> int:
+    """Write configuration, random weights and tokenizer. Returns the number of parameters."""
+    import torch
+
+    directory.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(directory, SHAPES[shape]["vocab_size"])
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(config).to(getattr(torch, dtype))
+    model: Any = empty_model(shape)
+    model.to(getattr(torch, dtype))
     model.save_pretrained(directory)
     return sum(parameter.numel() for parameter in model.parameters())
 

@@ -1,41 +1,36 @@
-"""What one decode step of the engine takes, without processes and HTTP, and what repeatable attention costs in it.
+"""What answers that repeat cost: tokens a second with `deterministic` and without, without processes and HTTP.
 
-`fixed` is the engine's attention, with one order of summation for every token; `torch` puts torch's scaled dot-product
-attention in its place, whose order follows its shapes. The two alternate, and the shortest time of each counts.
+Both are loaded and take turns, and the shortest time of each counts. On the paged tier `on` is the engine's default:
+the native decoder where it has the model, else (or with `--kernels torch`) torch with one order of summation in
+attention, experts and products; `off` is torch with its own attention and experts and no more rows than tokens. On
+the padded tier `on` computes each sequence by itself, and `off` shares forwards.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.report import print_report
-from reprise.engine import attention
+from benchmarks.shapes import SHAPES, write_model
+from reprise.engine.core import EngineCore
 from reprise.engine.loader import load
 from reprise.engine.process import build_core
-from reprise.ipc.messages import Add, EngineConfig
+from reprise.ipc.messages import Add, EngineConfig, Ready
 from reprise.types import SamplingParams
 
-FIXED = attention.attend
+KV_CACHE_BYTES = 1 << 28
 
 
-def by_torch(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, *, scale: float, **_: Any) -> Tensor:
-    """The same attention by torch; for models without soft caps and sinks."""
-    grouped = (-1, query.shape[1], -1, -1)
-    attended = torch.nn.functional.scaled_dot_product_attention(
-        query, keys[:, None].expand(grouped), values[:, None].expand(grouped), attn_mask=visible, scale=scale
-    )
-    return attended.float()
-
-
-def seconds_a_step(core: Any, first_id: int, num_sequences: int, prompt_tokens: int, new_tokens: int) -> float:
+def seconds_a_step(core: EngineCore, first_id: int, num_sequences: int, prompt_tokens: int, new_tokens: int) -> float:
     """Mean over the decode steps of so many greedy sequences that run together."""
     sampling = SamplingParams(seed=0, temperature=0.0, max_tokens=new_tokens)
     for index in range(num_sequences):
@@ -48,12 +43,50 @@ def seconds_a_step(core: Any, first_id: int, num_sequences: int, prompt_tokens: 
     return (time.perf_counter() - start) / num_steps
 
 
+def load_core(directory: str, dtype: str, kernels: str, *, deterministic: bool) -> tuple[EngineCore, Ready]:
+    """The engine core, and what was found about its model."""
+    settings: dict[str, Any] = {"model": directory, "dtype": dtype, "kernels": kernels, "deterministic": deterministic}
+    config = EngineConfig(device="cpu", kv_cache_memory=KV_CACHE_BYTES, **settings)
+    loaded = load(config, lambda _stage, _share: None)
+    if loaded.ready.deterministic is not deterministic:
+        raise RuntimeError(f"{directory} in {dtype}: {loaded.ready.deterministic_reason}")
+    return build_core(loaded, None), loaded.ready
+
+
+def measure(directory: str, dtype: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """For each number of sequences: seconds of a decode step with `deterministic` on and off."""
+    cores = {}
+    cores["off"], _ = load_core(directory, dtype, "torch", deterministic=False)
+    cores["on"], ready = load_core(directory, dtype, arguments.kernels, deterministic=True)
+    results = []
+    first_id = 1
+    for count in arguments.sequences:
+        best = dict.fromkeys(cores, float("inf"))
+        for _ in range(arguments.repeats):
+            for mode, core in cores.items():
+                seconds = seconds_a_step(core, first_id, count, arguments.prompt_tokens, arguments.new_tokens)
+                best[mode] = min(best[mode], seconds)
+                first_id += count
+        results.append({
+            "tier": ready.tier, "kernels": ready.kernels, "dtype": dtype, "sequences": count,
+            "on_ms": best["on"] * 1000, "off_ms": best["off"] * 1000,
+            "on_tokens_per_second": count / best["on"], "off_tokens_per_second": count / best["off"],
+        })  # fmt: skip
+    return results
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.steps", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default=str(resources.files("reprise") / "pocket"), help="a model directory")
-    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        default=["pocket", "smollm2-135m", "falcon-50m"],
+        help=f"model directories, pocket, or shapes that are made with random weights: {', '.join(SHAPES)}",
+    )
+    parser.add_argument("--dtype", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"])
+    parser.add_argument("--kernels", choices=("auto", "torch"), default="auto", help="of `on` (default: auto)")
     parser.add_argument("--threads", type=int, default=None, help="threads of torch (default: its own choice)")
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--prompt-tokens", type=int, default=20)
@@ -62,23 +95,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    table = [["dtype", "sequences", "fixed ms", "torch ms", "fixed / torch"]]
+    table = [
+        ["model", "tier", "kernels", "dtype", "sequences", "on tokens/s", "off tokens/s", "on / off", "on ms", "off ms"]
+    ]
     results: list[dict[str, Any]] = []
-    for dtype in arguments.dtype:
-        loaded = load(EngineConfig(model=arguments.model, dtype=dtype, device="cpu"), lambda _stage, _share: None)
-        core, first_id = build_core(loaded, None), 1
-        for count in arguments.sequences:
-            best = {"fixed": float("inf"), "torch": float("inf")}
-            for _ in range(arguments.repeats):
-                for name, function in (("fixed", FIXED), ("torch", by_torch)):
-                    attention.attend = function
-                    seconds = seconds_a_step(core, first_id, count, arguments.prompt_tokens, arguments.new_tokens)
-                    best[name] = min(best[name], seconds)
-                    first_id += count
-            attention.attend = FIXED
-            fixed, other = best["fixed"] * 1000, best["torch"] * 1000
-            table.append([dtype, str(count), f"{fixed:.2f}", f"{other:.2f}", f"{fixed / other:.2f}"])
-            results.append({"dtype": dtype, "sequences": count, "fixed_ms": fixed, "torch_ms": other})
+    for model in arguments.model:
+        for dtype in arguments.dtype:
+            with tempfile.TemporaryDirectory() as made:
+                directory = str(resources.files("reprise") / "pocket") if model == "pocket" else model
+                if model in SHAPES:
+                    write_model(Path(made), model, dtype=dtype)
+                    directory = made
+                for result in measure(directory, dtype, arguments):
+                    results.append({"model": model, **result})
+                    on, off = result["on_tokens_per_second"], result["off_tokens_per_second"]
+                    table.append([
+                        model, result["tier"], result["kernels"], dtype, str(result["sequences"]),
+                        f"{on:.0f}", f"{off:.0f}", f"{on / off:.2f}",
+                        f"{result['on_ms']:.2f}", f"{result['off_ms']:.2f}",
+                    ])  # fmt: skip
     print_report(table, {"benchmark": "steps", "threads": torch.get_num_threads(), "results": results})
     return 0
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from reprise.engine.core import EngineCore
-from reprise.engine.model_runner import ModelRunner
+from reprise.engine.model_runner import ModelRunner, PagedRunner
 from reprise.engine.scheduler import Batch
 from reprise.engine.sequence import Sequence
 from reprise.ipc.messages import Add
-from reprise.types import FinishReason
+from reprise.types import FinishReason, SamplingParams
 from support.engine_driver import Result, build_core, drain, greedy, load_from, run
 from support.tiny_models import VOCAB_SIZE
 
@@ -195,6 +195,135 @@ def test_a_prompt_that_only_is_scored_fails_on_no_numbers_too(model_directory: M
     loaded.runner = FailingRunner(loaded.runner, PROMPT[0], with_nan=True)
     result = run(build_core(loaded, None), [(PROMPT, greedy(0, num_prompt_logprobs=1))])[0]
     assert result.error_code == "numerical_error"
+
+
+SHORTAGES = [
+    MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried to"),
+    torch.AcceleratorError("CUDA error: out of memory"),
+]
+
+
+class ShortRunner(FailingRunner):
+    """The real runner, but memory runs out as a test says: it is given the batch and the number of the forward."""
+
+    def __init__(self, runner: ModelRunner, is_short: Callable[[Batch, int], bool], error: Exception) -> None:
+        super().__init__(runner, -1, with_nan=False)
+        self._is_short = is_short
+        self._error = error
+        self.num_forwards = 0
+
+    def run(self, batch: Batch) -> Tensor:
+        self.num_forwards += 1
+        if self._is_short(batch, self.num_forwards):
+            raise self._error
+        return self._runner.run(batch)
+
+
+def num_tokens(batch: Batch) -> int:
+    return sum(scheduled.num_tokens for scheduled in batch)
+
+
+REQUESTS = [(PROMPT[: 5 + i], greedy(12, end_token_ids=(), temperature=float(i % 2), seed=i)) for i in range(8)]
+
+
+def run_short(
+    directory: Path,
+    is_short: Callable[[Batch, int], bool],
+    requests: list[tuple[list[int], SamplingParams]],
+    error: Exception = SHORTAGES[0],
+) -> tuple[list[Result], EngineCore, ShortRunner]:
+    loaded = load_from(directory, max_num_batched_tokens=64, max_num_seqs=8)
+    runner = ShortRunner(loaded.runner, is_short, error)
+    loaded.runner = runner
+    core = build_core(loaded, None)
+    return run(core, requests), core, runner
+
+
+@pytest.mark.parametrize("error", SHORTAGES, ids=["python", "cuda", "cpu allocator", "accelerator"])
+def test_a_moment_without_memory_goes_unnoticed(error: Exception, model_directory: ModelDirectory) -> None:
+    directory = model_directory("llama")
+    clean, _, _ = run_short(directory, lambda _batch, _n: False, REQUESTS)
+    results, core, _ = run_short(directory, lambda _batch, n: n in {1, 6, 7}, REQUESTS, error)
+    assert results == clean
+    assert core.stats().num_memory_shortages == 3
+    assert core.stats().num_preemptions == 0
+
+
+@pytest.mark.parametrize("name", ["llama", "falcon"])
+@pytest.mark.parametrize("most", [1, 3])
+def test_lasting_shortage_makes_steps_smaller_and_answers_stay(
+    name: str, most: int, model_directory: ModelDirectory
+) -> None:
+    """The padded tier (falcon) answers as well; its bits may depend on company."""
+    directory = model_directory(name)
+    clean, _, _ = run_short(directory, lambda _batch, _n: False, REQUESTS)
+    results, core, runner = run_short(directory, lambda batch, _n: len(batch) > most, REQUESTS)
+    if name == "llama":
+        assert [r.token_ids for r in results] == [r.token_ids for r in clean]
+    assert [len(r.token_ids) for r in results] == [12] * 8
+    assert core.stats().num_preemptions > 0
+    assert core.stats().num_memory_shortages < runner.num_forwards / 2, "it ran into the same wall all the time"
+
+
+def test_a_prompt_that_is_too_long_for_the_memory_is_computed_in_smaller_chunks(
+    model_directory: ModelDirectory,
+) -> None:
+    directory = model_directory("llama")
+    requests = [(list(range(10, 110)), greedy(5, end_token_ids=())), *REQUESTS]
+    clean, _, _ = run_short(directory, lambda _batch, _n: False, requests)
+
+    def is_short(batch: Batch, _number: int) -> bool:
+        return any(scheduled.num_tokens > 20 for scheduled in batch)
+
+    results, core, _ = run_short(directory, is_short, requests)
+    assert [r.token_ids for r in results] == [r.token_ids for r in clean]
+    assert core.stats().num_memory_shortages > 0
+
+
+@pytest.mark.parametrize("name", ["llama", "falcon"])
+def test_what_cannot_run_even_alone_is_told_so_and_the_others_go_on(name: str, model_directory: ModelDirectory) -> None:
+    directory = model_directory(name)
+    poisoned = ([*PROMPT[::-1], VOCAB_SIZE - 1], greedy(8))
+    clean, _, _ = run_short(directory, lambda _batch, _n: False, REQUESTS)
+
+    def is_short(batch: Batch, _number: int) -> bool:
+        return any(VOCAB_SIZE - 1 in s.sequence.token_ids[: s.sequence.num_prompt_tokens] for s in batch)
+
+    results, core, _ = run_short(directory, is_short, [poisoned, *REQUESTS])
+    assert (results[0].finish_reason, results[0].error_code) == (FinishReason.ERROR, "capacity")
+    if name == "llama":
+        assert [r.token_ids for r in results[1:]] == [r.token_ids for r in clean]
+    assert all(r.finish_reason is FinishReason.LENGTH for r in results[1:])
+    assert core.stats().num_preemptions == 0, "the others had to suffer for it"
+
+
+def test_sequences_that_share_a_prompt_survive_a_shortage_of_the_one_that_computes_it(
+    model_directory: ModelDirectory,
+) -> None:
+    """The first of two equal prompts is restarted in smaller chunks: the second must not read what is not there."""
+    directory = model_directory("llama")
+    requests = [(list(range(10, 50)), greedy(6, end_token_ids=(), temperature=1.0, seed=n)) for n in range(2)]
+    clean, _, _ = run_short(directory, lambda _batch, _n: False, requests)
+    results, core, _ = run_short(directory, lambda batch, _n: num_tokens(batch) > 20, requests)
+    assert [r.token_ids for r in results] == [r.token_ids for r in clean]
+    assert core.stats().num_memory_shortages > 0
+
+
+def test_nothing_reads_a_slot_that_it_did_not_write(model_directory: ModelDirectory) -> None:
+    """Blocks are not wiped when they change hands: no numbers left there by a broken sequence must not matter."""
+    directory = model_directory("llama")
+    requests = [(PROMPT[: 1 + n], greedy(9, end_token_ids=(), seed=n)) for n in range(6)]
+    clean = run(build_core(load_from(directory), None), requests)
+    loaded = load_from(directory)
+    assert isinstance(loaded.runner, PagedRunner)
+    layers = list(loaded.runner._cache._layers.values())
+    assert layers
+    for keys, values in layers:
+        keys.fill_(float("nan"))
+        values.fill_(float("nan"))
+    assert run(build_core(loaded, None), requests) == clean
 
 
 def test_a_lost_device_is_not_taken_for_a_bad_request(model_directory: ModelDirectory) -> None:

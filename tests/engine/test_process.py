@@ -1,16 +1,21 @@
-"""The engine's entry point for a debugger: `python -m reprise.engine` on an inherited socket."""
+"""The engine process, on an inherited socket: what it says, and how it ends."""
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from reprise.ipc.messages import Add, EngineConfig, FromEngine, Ready, Start, StepOutput
-from reprise.ipc.transport import BlockingConnection
+import pytest
+
+from reprise.engine.process import EXIT_FAILED
+from reprise.ipc.messages import Add, EngineConfig, FromEngine, Heartbeat, Ready, Start, StepOutput
+from reprise.ipc.transport import BlockingConnection, ConnectionClosed
 from reprise.types import FinishReason
 from support.engine_driver import greedy
 
@@ -38,3 +43,70 @@ def test_an_engine_started_by_hand_loads_generates_and_ends_with_its_peer(
         assert outputs[-1].finish_reason is FinishReason.LENGTH
         connection.close()
         assert process.wait(10) == 0
+
+
+ROOT = Path(__file__).resolve().parents[2]
+FAULTY = """
+import socket, sys
+from support import faulty_engine
+fault = faulty_engine.Fault(sys.argv[2], at_forward=3, seconds=60)
+faulty_engine.run((fault,), socket.socket(fileno=int(sys.argv[1])), 1)
+"""
+
+
+@contextmanager
+def faulty_engine(action: str, model: Path) -> Iterator[tuple[subprocess.Popen[bytes], BlockingConnection[FromEngine]]]:
+    """An engine that works on a sequence and meets its fault in the third forward."""
+    ours, theirs = socket.socketpair()
+    with subprocess.Popen(
+        [sys.executable, "-c", FAULTY, str(theirs.fileno()), action],
+        pass_fds=[theirs.fileno()],
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
+    ) as process:
+        theirs.close()
+        connection: BlockingConnection[FromEngine] = BlockingConnection(ours, FromEngine)
+        config = EngineConfig(model=str(model), device="cpu", kv_cache_memory=1 << 20, num_threads=1)
+        connection.send(Start(config, None))
+        connection.send(Add(7, 0, [5, 6, 7], greedy(100, end_token_ids=())))
+        try:
+            yield process, connection
+        finally:
+            connection.close()
+            process.kill()
+
+
+def receive_outputs(connection: BlockingConnection[FromEngine], count: int) -> None:
+    received = 0
+    while received < count:
+        received += sum(len(m.outputs) for m in connection.receive(60.0) if isinstance(m, StepOutput))
+
+
+def test_heartbeats_come_in_the_middle_of_a_step_and_it_ends_with_its_peer(
+    model_directory: Callable[[str], Path],
+) -> None:
+    with faulty_engine("sleep", model_directory("llama")) as (process, connection):
+        receive_outputs(connection, 2)
+        messages: list[FromEngine] = []
+        deadline = time.monotonic() + 3.5
+        while time.monotonic() < deadline:
+            messages += connection.receive(0.1)
+        assert messages == [Heartbeat()] * len(messages)
+        assert len(messages) in (3, 4)
+        connection.close()
+        process.wait(1.0)
+
+
+def test_an_error_that_nothing_can_be_done_about_ends_it_with_a_code_and_its_type(
+    model_directory: Callable[[str], Path],
+) -> None:
+    with faulty_engine("accelerator", model_directory("llama")) as (process, connection):
+        receive_outputs(connection, 2)
+        with pytest.raises(ConnectionClosed):
+            receive_outputs(connection, 1)
+        assert process.wait(10) == EXIT_FAILED
+        assert process.stderr is not None
+        log = process.stderr.read().decode()
+        assert "the engine failed with AcceleratorError at" in log
+        assert "in happen" in log
+        assert "AcceleratorError:" not in log, "its message came along, and one may quote what clients sent"

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from reprise.engine.block_pool import BlockPool
 from reprise.engine.scheduler import Batch, Scheduler, SchedulingLimits
 from reprise.engine.sequence import Sequence, SequenceStatus
+from reprise.engine.step_limit import GOOD_STEPS
 from reprise.types import SamplingParams
 
 
@@ -127,6 +128,58 @@ def test_recomputing_sequences_take_turns_with_prompts() -> None:
     assert steps <= 12
 
 
+def test_while_memory_is_short_the_youngest_wait_at_their_old_place() -> None:
+    scheduler = make_scheduler(num_blocks=64, max_num_seqs=4, max_num_batched_tokens=64)
+    sequences = [make_sequence(i, 5, max_tokens=200) for i in (1, 2, 3, 4)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    complete(scheduler, scheduler.schedule())
+    for _ in range(3):
+        scheduler.step_limit.note(short=True)
+    batch = scheduler.schedule()
+    assert [s.sequence for s in batch] == sequences[:1]
+    assert [s.status for s in sequences[1:]] == [SequenceStatus.WAITING] * 3
+    sizes = []
+    for _ in range(2 * GOOD_STEPS + 2):
+        complete(scheduler, batch)
+        scheduler.step_limit.note(short=False)
+        batch = scheduler.schedule()
+        sizes.append(len(batch))
+    assert sizes == sorted(sizes)
+    assert set(sizes) == {1, 2, 4}
+
+
+def test_a_pass_that_cannot_be_cut_is_made_alone_while_memory_is_short() -> None:
+    scheduler = make_scheduler(num_blocks=64, max_num_seqs=4, max_num_batched_tokens=64, chunked=False)
+    for _ in range(4):
+        scheduler.step_limit.note(short=True)
+    long, short = make_sequence(1, 60, max_tokens=3), make_sequence(2, 3, max_tokens=3)
+    scheduler.add(long)
+    scheduler.add(short)
+    assert scheduler.step_limit.num_tokens < 60
+    order = []
+    while scheduler.has_work:
+        order += complete(scheduler, scheduler.schedule())
+    assert order == [long, short]
+    scheduler.add(make_sequence(3, 4))
+    (scheduled,) = scheduler.schedule()
+    assert not scheduler.shrink(scheduled)
+
+
+def test_a_chunk_that_was_too_large_is_halved_down_to_the_smallest() -> None:
+    scheduler = make_scheduler(num_blocks=64, max_num_seqs=4, max_num_batched_tokens=64)
+    sequence = make_sequence(1, 60)
+    scheduler.add(sequence)
+    sizes = []
+    for _ in range(10):
+        (scheduled,) = scheduler.schedule()
+        sizes.append(scheduled.num_tokens)
+        if not scheduler.shrink(scheduled):
+            break
+        scheduler.restart(sequence)
+    assert sizes == [60, 30, 16]
+
+
 def test_an_abort_ends_waiting_running_and_preempted_sequences_alike() -> None:
     scheduler = make_scheduler(num_blocks=4, max_num_batched_tokens=32)
     sequences = [make_sequence(i, 7, max_tokens=6) for i in (1, 2, 3)]
@@ -156,6 +209,8 @@ ARRIVAL = st.tuples(
     st.one_of(st.none(), st.integers(0, 20)),  # step of an abort
     st.one_of(st.none(), st.integers(1, 12)),  # step in which it begins anew, as after a neighbour's failure
 )
+SHORTAGES = st.sets(st.integers(0, 30))
+"""Steps that run out of memory, so that later ones are smaller."""
 
 
 class Content:
@@ -191,6 +246,7 @@ class Content:
     max_num_seqs=st.integers(1, 5),
     budget=st.integers(5, 40),
     chunked=st.booleans(),
+    shortages=SHORTAGES,
 )
 def test_every_request_ends_exactly_once_and_reads_what_was_computed_for_it(
     arrivals: list[tuple[int, int, bool, int, int, int | None, int | None]],
@@ -200,6 +256,7 @@ def test_every_request_ends_exactly_once_and_reads_what_was_computed_for_it(
     budget: int,
     *,
     chunked: bool,
+    shortages: set[int],
 ) -> None:
     scheduler = make_scheduler(
         num_blocks,
@@ -230,6 +287,7 @@ def test_every_request_ends_exactly_once_and_reads_what_was_computed_for_it(
         for scheduled in restarted:
             scheduler.restart(scheduled.sequence)
         ended += complete(scheduler, [s for s in batch if s not in restarted])
+        scheduler.step_limit.note(short=step in shortages)
     assert sorted(s.sequence_id for s in ended) == sorted(s.sequence_id for s in sequences)
     assert scheduler.pool.num_free == num_blocks
     for sequence in sequences:
@@ -265,7 +323,10 @@ def simulate(seed: int) -> None:
         content.compute(batch)
         anew = [random.choice(batch)] if batch and random.random() < 0.35 else []
         for scheduled in anew:
+            if random.random() < 0.3:
+                scheduler.shrink(scheduled)
             scheduler.restart(scheduled.sequence)
+        scheduler.step_limit.note(short=random.random() < 0.1)
         for sequence in complete(scheduler, [s for s in batch if s not in anew]):
             del alive[sequence.sequence_id]
     assert not scheduler.has_work

@@ -9,7 +9,7 @@ import time
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reprise.ipc.messages import Abort, Add, EngineStats, FromEngine, SequenceOutput, StepOutput, ToEngine
@@ -83,6 +83,52 @@ def test_a_connection_waits_at_most_its_timeout_and_sees_the_peer_go() -> None:
     with pytest.raises(ConnectionClosed):
         connection.send(Abort([3]))
     connection.close()
+
+
+def test_the_peers_end_is_seen_with_unread_messages_in_the_way() -> None:
+    ours, theirs = socket.socketpair()
+    connection: BlockingConnection[ToEngine] = BlockingConnection(ours, ToEngine)
+    theirs.sendall(MessageCodec[ToEngine](ToEngine).encode(Abort([1])))
+    assert not connection.peer_is_gone(0.05)
+    theirs.close()
+    assert connection.peer_is_gone(5.0)
+    assert connection.receive(1.0) == [Abort([1])]
+    connection.close()
+
+
+def test_threads_may_send_at_once() -> None:
+    """Messages larger than the socket's buffer, so that every send takes several writes."""
+    ours, theirs = socket.socketpair()
+    connection: BlockingConnection[ToEngine] = BlockingConnection(ours, ToEngine)
+    other: BlockingConnection[ToEngine] = BlockingConnection(theirs, ToEngine)
+    messages = [Abort([n] * 100_000) for n in range(4)]
+    threads = [threading.Thread(target=connection.send, args=(message,)) for message in messages]
+    for thread in threads:
+        thread.start()
+    received: list[ToEngine] = []
+    while len(received) < len(messages):
+        received += other.receive(10.0)
+    for thread in threads:
+        thread.join()
+    assert sorted(m.sequence_ids[0] for m in received if isinstance(m, Abort)) == [0, 1, 2, 3]
+    connection.close()
+    other.close()
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=200), st.lists(st.integers(1, 50), max_size=8))
+def test_no_bytes_make_a_decoder_do_more_than_refuse(data: bytes, sizes: list[int]) -> None:
+    """What a broken engine could write: frames or a ProtocolError, and nothing kept beyond what came."""
+    decoder, codec = FrameDecoder(max_frame_bytes=64), MessageCodec[FromEngine](FromEngine)
+    start = 0
+    try:
+        for size in [*sizes, len(data)]:
+            for frame in decoder.feed(data[start : start + size]):
+                codec.decode(frame)
+            start += size
+    except ProtocolError:
+        return
+    assert len(decoder._buffer) <= len(data)
 
 
 def test_a_large_message_goes_through_a_slow_reader() -> None:

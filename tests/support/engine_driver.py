@@ -57,6 +57,7 @@ def load_from(directory: Path, **config: Any) -> LoadedModel:
     settings = {
         "model": str(directory),
         "device": "cpu",
+        "kernels": "torch",
         "block_size": 4,
         "kv_cache_memory": 1 << 20,
         **config,

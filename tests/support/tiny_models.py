@@ -60,6 +60,15 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen3-moe": lambda: transformers.Qwen3MoeConfig(
         **_LLAMA, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
     ),
+    "qwen2-moe": lambda: transformers.Qwen2MoeConfig(
+        **_LLAMA, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=32, shared_expert_intermediate_size=48
+    ),
+    "granitemoe": lambda: transformers.GraniteMoeConfig(**_LLAMA, num_local_experts=4, num_experts_per_tok=2),
+    "deepseek-v3": lambda: transformers.DeepseekV3Config(
+        **{**_LLAMA, "num_key_value_heads": 4}, moe_intermediate_size=32, n_routed_experts=8, num_experts_per_tok=3,
+        n_group=2, topk_group=1, first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8,
+        qk_nope_head_dim=8, v_head_dim=12,
+    ),
     "gpt-oss": lambda: transformers.GptOssConfig(
         **_LLAMA, head_dim=8, sliding_window=8, num_local_experts=4, num_experts_per_tok=2
     ),
@@ -84,6 +93,16 @@ PAGED = [name for name in CONFIGS if name not in {"falcon", "bloom", "mamba", "m
 PADDED = ["falcon", "bloom", "mamba", "mamba2"]
 
 
+def _widen(config: Any, width: int) -> None:
+    config.hidden_size = width
+    if config.model_type == "mamba":
+        config.intermediate_size = config.expand * width
+    elif config.model_type == "mamba2":
+        config.head_dim = config.expand * width // config.num_heads
+    elif config.model_type not in {"falcon", "bloom", "deepseek_v3"}:
+        config.head_dim = width // config.num_attention_heads
+
+
 def build(
     name: str, dtype: torch.dtype = torch.float32, vocab_size: int = VOCAB_SIZE, width: int | None = None
 ) -> PreTrainedModel:
@@ -95,8 +114,7 @@ def build(
     config = CONFIGS[name]()
     config.vocab_size = vocab_size
     if width is not None:
-        config.hidden_size = width
-        config.head_dim = width // config.num_attention_heads
+        _widen(config, width)
     model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="eager")  # type: ignore[no-untyped-call]  # transformers leaves it untyped
     with torch.no_grad():
         for parameter in model.parameters():

@@ -14,7 +14,7 @@ number of tokens behind it. Rules that make it so:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,7 +58,7 @@ class KeyRange:
     """The keys of some queries of a span: whole key blocks, and which of them each query sees."""
 
     slots: Tensor
-    """[num_keys] int64, a multiple of KEY_BLOCK; beyond the sequence's end its own first slot."""
+    """[num_keys] int64, a multiple of the key block; beyond the sequence's end its own first slot."""
     visible: Tensor
     """[num_queries, num_keys] bool."""
 
@@ -71,23 +71,32 @@ class AttentionStep:
     spans: list[SequenceSpan]
     new_slots: Tensor
     """[T] int64: where the step's own keys and values go."""
+    fixed_order: bool = True
+    """False: torch's own attention wherever it can express a layer, faster and with bits that follow its shapes."""
     calls: dict[nn.Module, int] = field(default_factory=dict)
-    _ranges: dict[tuple[int, int, int, int | None], KeyRange] = field(default_factory=dict)
+    _ranges: dict[tuple[int, int, int, int | None, int], KeyRange] = field(default_factory=dict)
 
-    def key_range(self, span_index: int, first_query: int, tile: int, sliding_window: int | None) -> KeyRange:
+    @property
+    def num_tokens(self) -> int:
+        """Rows that belong to a sequence: the first ones."""
+        return sum(span.num_queries for span in self.spans)
+
+    def key_range(
+        self, span_index: int, first_query: int, tile: int, sliding_window: int | None, key_block: int
+    ) -> KeyRange:
         """For up to `tile` queries of a span from `first_query` on. The same for all layers of one window."""
-        key = (span_index, first_query, tile, sliding_window)
+        key = (span_index, first_query, tile, sliding_window, key_block)
         if key not in self._ranges:
-            self._ranges[key] = _key_range(self.spans[span_index], first_query, tile, sliding_window)
+            self._ranges[key] = _key_range(self.spans[span_index], first_query, tile, sliding_window, key_block)
         return self._ranges[key]
 
 
-def _key_range(span: SequenceSpan, first_query: int, tile: int, sliding_window: int | None) -> KeyRange:
+def _key_range(span: SequenceSpan, first_query: int, tile: int, sliding_window: int | None, key_block: int) -> KeyRange:
     num_tokens = span.slots.shape[0]
     start = num_tokens - span.num_queries + first_query
     end = min(start + tile, num_tokens)
-    first_key = 0 if sliding_window is None else max(0, start - sliding_window + 1) // KEY_BLOCK * KEY_BLOCK
-    num_keys = -(-(end - first_key) // KEY_BLOCK) * KEY_BLOCK
+    first_key = 0 if sliding_window is None else max(0, start - sliding_window + 1) // key_block * key_block
+    num_keys = -(-(end - first_key) // key_block) * key_block
     slots = F.pad(span.slots[first_key:end], (0, num_keys - (end - first_key)))
     slots[end - first_key :] = span.slots[0]
     queries = torch.arange(start, end, device=slots.device)[:, None]
@@ -111,6 +120,11 @@ def attention_step(step: AttentionStep) -> Iterator[None]:
         yield
     finally:
         _current_step = None
+
+
+def num_rows_of_sequences(num_rows: int) -> int:
+    """How many of the `num_rows` of a packed forward belong to sequences: all, where no step is under way."""
+    return num_rows if _current_step is None else min(num_rows, _current_step.num_tokens)
 
 
 def paged_attention(
@@ -150,13 +164,15 @@ def paged_attention(
     num_heads, num_kv_heads = query.shape[1], key.shape[1]
     # Zeros, since the step may have padding rows that belong to no sequence.
     output = value.new_zeros((query.shape[2], num_heads, value.shape[3]))
+    by_torch = not step.fixed_order and softcap is None and s_aux is None
     for index, span in enumerate(step.spans):
         tile = max(1, min(QUERY_TILE, MAX_SCORES // (num_heads * span.slots.shape[0])))
         for first_query in range(0, span.num_queries, tile):
-            keys_of = step.key_range(index, first_query, tile, sliding_window)
+            keys_of = step.key_range(index, first_query, tile, sliding_window, 1 if by_torch else KEY_BLOCK)
             start = span.query_start + first_query
             rows = slice(start, start + keys_of.visible.shape[0])
-            attended = attend(
+            function: Callable[..., Tensor] = attend_by_torch if by_torch else attend
+            attended = function(
                 query[0, :, rows].reshape(num_kv_heads, -1, keys_of.visible.shape[0], query.shape[-1]),
                 keys.index_select(0, keys_of.slots).transpose(0, 1),
                 values.index_select(0, keys_of.slots).transpose(0, 1),
@@ -212,6 +228,19 @@ def attend(
     )
     summed = _sum_blocks(products.reshape(num_kv_heads, num_blocks, *products.shape[1:]), dim=1)[:, :num_rows]
     return summed.reshape(num_kv_heads, group, num_queries, -1) / total
+
+
+def attend_by_torch(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, *, scale: float, **_: None) -> Tensor:
+    """The same by torch's own routine, for layers without soft cap and sinks; any number of keys."""
+    group = (-1, query.shape[1], -1, -1)
+    return F.scaled_dot_product_attention(
+        query,
+        keys[:, None].expand(group),
+        values[:, None].expand(group),
+        # The one query of a decode step sees all of its keys: without a mask a faster kernel runs.
+        attn_mask=visible if visible.shape[0] > 1 else None,
+        scale=scale,
+    )
 
 
 def _sum_blocks(parts: Tensor, dim: int) -> Tensor:

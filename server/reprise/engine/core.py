@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from reprise.engine.model_runner import ModelRunner
 from reprise.engine.sampler import Sampled, Sampler, no_numbers, row_logprobs
 from reprise.engine.scheduler import Batch, ScheduledSequence, Scheduler
 from reprise.engine.sequence import Sequence
+from reprise.engine.shortage import is_shortage, release_caches
 from reprise.ipc.messages import Add, EngineStats, SequenceOutput
 from reprise.types import FinishReason
 
@@ -20,8 +22,9 @@ ERROR_MESSAGES = {
     "numerical_error": "the model produced logits that are no numbers for this sequence",
     "no_admissible_token": "the request's masks (allowed_token_ids, bad_words, min_tokens) leave no token to choose",
     "forward_error": "the model's forward pass failed on this sequence",
-    "capacity": "prompt and max_tokens together are more than this engine's KV pool holds",
+    "capacity": "this engine has not the memory that prompt and max_tokens together need",
 }
+OUT_OF_MEMORY = "capacity"
 
 
 class EngineCore:
@@ -36,6 +39,7 @@ class EngineCore:
         self._num_prompt_tokens = 0
         self._num_cached_tokens = 0
         self._num_generated_tokens = 0
+        self._num_memory_shortages = 0
 
     @property
     def has_work(self) -> bool:
@@ -97,6 +101,7 @@ class EngineCore:
             num_prompt_tokens=self._num_prompt_tokens,
             num_cached_tokens=self._num_cached_tokens,
             num_generated_tokens=self._num_generated_tokens,
+            num_memory_shortages=self._num_memory_shortages,
             step_seconds=step_seconds,
         )
 
@@ -108,32 +113,60 @@ class EngineCore:
     def _evaluate(self, batch: Batch) -> dict[int, Sampled | None]:
         """What the model draws for each sequence id, None where nothing was to be drawn.
 
-        After a failure the entries are computed one by one. One that fails alone gets an error; one that shares
-        blocks with a failed one is left out, since what it would read is not to be trusted.
+        After a failure the batch is computed in halves, down to single entries. One that fails alone gets an error,
+        or is left out to be computed in smaller chunks where memory is what it lacks; one that shares blocks with it
+        is left out as well, since what it would read is not to be trusted.
         """
-        try:
-            return self._run(batch)
-        except torch.AcceleratorError:
-            # The device's context is lost with it: only another process can go on.
-            raise
-        except Exception as error:  # noqa: BLE001 # whatever a model's code raises must not end the others
-            logger.warning("a step over %d sequences failed: %s", len(batch), type(error).__name__)
         drawn: dict[int, Sampled | None] = {}
         tainted: set[int] = set()
-        for scheduled in batch:
-            sequence = scheduled.sequence
-            if tainted.intersection(sequence.block_ids):
+        released = several_were_short = one_was_short = False
+        parts = [batch]
+        while parts:
+            part = [s for s in parts.pop() if not tainted.intersection(s.sequence.block_ids)]
+            if not part:
                 continue
-            try:
-                drawn |= self._run([scheduled])
-            except torch.AcceleratorError:
-                raise
-            except Exception as error:  # as above
-                message = "sequence %d fails alone: %s"
-                logger.exception(message, sequence.sequence_id, type(error).__name__)
-                tainted.update(sequence.block_ids[scheduled.start // self._scheduler.pool.block_size :])
-                drawn[sequence.sequence_id] = Sampled(error_code="forward_error")
+            error_code = self._attempt(part, drawn)
+            if error_code == OUT_OF_MEMORY and not released:
+                release_caches()  # once a step: it is slow, and the allocator has given back its own before it failed
+                released = True
+            if error_code == OUT_OF_MEMORY and len(part) == 1:
+                error_code = self._attempt(part, drawn)
+            if error_code is None:
+                continue
+            if len(part) > 1:
+                several_were_short |= error_code == OUT_OF_MEMORY
+                middle = len(part) // 2
+                parts += [part[middle:], part[:middle]]
+                continue
+            (scheduled,) = part
+            sequence = scheduled.sequence
+            tainted.update(sequence.block_ids[scheduled.start // self._scheduler.pool.block_size :])
+            one_was_short |= error_code == OUT_OF_MEMORY
+            if error_code != OUT_OF_MEMORY or not self._scheduler.shrink(scheduled):
+                logger.warning("sequence %d fails alone: %s", sequence.sequence_id, error_code)
+                drawn[sequence.sequence_id] = Sampled(error_code=error_code)
+        self._scheduler.step_limit.note(short=several_were_short and not one_was_short)
         return drawn
+
+    def _attempt(self, part: Batch, drawn: dict[int, Sampled | None]) -> str | None:
+        """Compute entries together and take down what they draw; the code of the error where that fails."""
+        try:
+            drawn |= self._run(part)
+        except Exception as error:  # whatever a model's code raises must not end the others
+            short = is_shortage(error)
+            if isinstance(error, torch.AcceleratorError) and not short:
+                # The device's context is lost with it: only another process can go on.
+                raise
+            message = "a forward over %d sequences and %d tokens failed: %s"
+            logger.warning(message, len(part), sum(s.num_tokens for s in part), type(error).__name__)
+            if not short:
+                frames = "".join(traceback.format_tb(error.__traceback__))
+                logger.warning("it failed at\n%s", frames)
+                return "forward_error"
+        else:
+            return None
+        self._num_memory_shortages += 1
+        return OUT_OF_MEMORY
 
     def _run(self, batch: Batch) -> dict[int, Sampled | None]:
         """Forward, prompt scores and draws. Changes no sequence but for its prompt's log-probabilities."""

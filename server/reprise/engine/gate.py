@@ -8,23 +8,31 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from reprise.engine.alone_runner import AloneRunner
 from reprise.engine.attention import ATTENTION_NAME
+from reprise.engine.experts import EXPERTS_NAME
 from reprise.engine.kv_cache import KVCache, LayerShape
 from reprise.engine.memory import free_memory
 from reprise.engine.model_runner import ModelRunner, PagedRunner
+from reprise.engine.native.decoder import BLOCK, NativeDecoder
+from reprise.engine.native.library import NativeContext
+from reprise.engine.native.runner import NativeRunner
 from reprise.engine.padded_runner import PaddedRunner
 from reprise.engine.scheduler import ScheduledSequence
-from reprise.engine.sequence import Sequence
+from reprise.engine.sequence import Sequence, SequenceStatus
 from reprise.types import SamplingParams
 
 TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-6}
 LOW_PRECISION_TOLERANCE = 0.08
 MAX_GATE_TOKENS = 384
+NUM_GATE_LAYERS = 2
+NUM_GATE_VOCABULARY = 1024
 _BLOCK_SIZE = 4
 _DIFFERENCE = "its logits differ from its own forward"
 
@@ -43,23 +51,28 @@ def tolerance(dtype: torch.dtype) -> float:
     return TOLERANCE.get(dtype, LOW_PRECISION_TOLERANCE)
 
 
-def paged_gate(model: PreTrainedModel) -> GateResult:
-    """Try the paged tier. On success the model is left with our attention function, else with eager attention."""
-    shapes, reason = _compare(model)
+def paged_gate(model: PreTrainedModel, *, fixed_order: bool = True) -> GateResult:
+    """Try the paged tier. On success the model is left with our attention and (with `fixed_order`) experts functions,
+    else with its own.
+    """
+    own_experts = getattr(model.config, "_experts_implementation")  # noqa: B009 # there is no public name
+    shapes, reason = _compare(model, fixed_order=fixed_order)
     if reason.startswith(_DIFFERENCE) and model.dtype not in TOLERANCE and _float32_copy_fits(model):
         # In low precision rounding alone may exceed the tolerance: the same weights in float32 decide.
         copy: PreTrainedModel = deepcopy(model).to(torch.float32)  # type: ignore[arg-type]  # a decorated method
         copy.set_attn_implementation("eager")
-        reason = _compare(copy)[1]
+        copy.set_experts_implementation(own_experts)
+        reason = _compare(copy, fixed_order=fixed_order)[1]
     if reason:
         model.set_attn_implementation("eager")
+        model.set_experts_implementation(own_experts)
         return GateResult(passed=False, reason=reason, shapes={})
     return GateResult(
         passed=True, reason=f"packed logits equal the model's own over {len(shapes)} layers", shapes=shapes
     )
 
 
-def _compare(model: PreTrainedModel) -> tuple[dict[nn.Module, LayerShape], str]:
+def _compare(model: PreTrainedModel, *, fixed_order: bool) -> tuple[dict[nn.Module, LayerShape], str]:
     """The attention layers that came to us, and why the model cannot be run packed: empty where it can."""
     config = model.config.get_text_config()
     reason = _unsupported_layers(config)
@@ -69,8 +82,10 @@ def _compare(model: PreTrainedModel) -> tuple[dict[nn.Module, LayerShape], str]:
     try:
         expected = [_eager_logits(model, prompt) for prompt in prompts]
         model.set_attn_implementation(ATTENTION_NAME)
+        if fixed_order:
+            model.set_experts_implementation(EXPERTS_NAME)
         cache = KVCache(2 * (max(map(len, prompts)) + _BLOCK_SIZE), model.device)
-        runner = PagedRunner(model, cache, _BLOCK_SIZE)
+        runner = PagedRunner(model, cache, _BLOCK_SIZE, fixed_order=fixed_order)
         actual = _in_steps(runner, prompts)
     except (MemoryError, torch.OutOfMemoryError):
         raise
@@ -87,16 +102,92 @@ def _float32_copy_fits(model: PreTrainedModel) -> bool:
 
 def padding_gate(model: PreTrainedModel, *, padding_is_inert: bool = True) -> GateResult:
     """Whether the padded tier gives the model's own logits, with left padding or (False) without."""
+    runner = PaddedRunner(model, max_padded_tokens=1 << 30, padding_is_inert=padding_is_inert)
+    return _token_by_token(model, runner, "left padding leaves the logits alone")
+
+
+def alone_gate(model: PreTrainedModel) -> GateResult:
+    """Whether the padded tier gives the model's own logits where each sequence is computed by itself."""
+    return _token_by_token(model, AloneRunner(model), "token by token its logits are its own")
+
+
+def _token_by_token(model: PreTrainedModel, runner: ModelRunner, found: str) -> GateResult:
     prompts = _prompts(model.config.get_text_config())
     expected = [_eager_logits(model, prompt) for prompt in prompts]
-    runner = PaddedRunner(model, max_padded_tokens=1 << 30, padding_is_inert=padding_is_inert)
     try:
         reason = _difference(expected, _in_steps(runner, prompts, chunked=False), model.dtype)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # noqa: BLE001 # as above
         reason = f"its forward pass cannot run padded ({type(error).__name__}: {_first_line(error)})"
-    return GateResult(passed=not reason, reason=reason or "left padding leaves the logits alone", shapes={})
+    return GateResult(passed=not reason, reason=reason or found, shapes={})
+
+
+def native_layers_gate(model: PreTrainedModel, windows: list[int | None]) -> str:
+    """Why the native decoder does not equal this model: empty where it does.
+
+    Its first layers and tokens decide, in float32: rounding in a lower precision would hide a difference.
+    """
+    small = _first_layers(model)
+    prompts = [[token % NUM_GATE_VOCABULARY for token in prompt] for prompt in _prompts(model.config)]
+    decoder = NativeDecoder(
+        small,
+        windows[:NUM_GATE_LAYERS],
+        num_blocks=2 * (-(-max(map(len, prompts)) // BLOCK)),
+        max_positions=max(map(len, prompts)),
+        context=NativeContext(torch.get_num_threads()),
+    )
+    actual = _in_steps(NativeRunner(decoder, BLOCK), prompts, block_size=BLOCK)
+    difference = _difference([_eager_logits(small, prompt) for prompt in prompts], actual, torch.float32)
+    return f"in the native decoder {difference}" if difference else ""
+
+
+def _first_layers(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy in float32 of the first NUM_GATE_LAYERS layers over the first NUM_GATE_VOCABULARY tokens."""
+    config = deepcopy(model.config)
+    config.num_hidden_layers = min(NUM_GATE_LAYERS, config.num_hidden_layers)
+    config.vocab_size = min(NUM_GATE_VOCABULARY, config.vocab_size)
+    config.pad_token_id = None
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: config.num_hidden_layers]
+    with torch.device("meta"):
+        small: Any = type(model)(config)
+    parts: Any = model.model
+    own: Any = small.model
+    rows = slice(config.vocab_size)
+    own.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, device="meta")
+    own.embed_tokens.weight = nn.Parameter(parts.embed_tokens.weight[rows].detach().float(), requires_grad=False)
+    own.layers = nn.ModuleList(deepcopy(layer).float() for layer in parts.layers[: config.num_hidden_layers])
+    own.norm = deepcopy(parts.norm).float()
+    own.rotary_emb = deepcopy(parts.rotary_emb)
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+    small.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device="meta")
+    small.lm_head.weight = nn.Parameter(head.weight[rows].detach().float(), requires_grad=False)
+    for module in small.modules():
+        if hasattr(module, "config"):
+            module.config = config
+    small.set_attn_implementation("eager")
+    result: PreTrainedModel = small.eval()
+    return result
+
+
+class NativeGate:
+    """A model's own logits, taken while it has its weights, for what replaces it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._dtype = model.dtype
+        self._prompts = _prompts(model.config)
+        model.set_attn_implementation("eager")
+        self._expected = [_eager_logits(model, prompt) for prompt in self._prompts]
+        self.num_positions = max(map(len, self._prompts))
+        self.num_blocks = 2 * -(-self.num_positions // BLOCK)
+
+    def difference(self, runner: NativeRunner) -> str:
+        """How the runner's logits, of all layers, differ by more than rounding explains; empty where they do not."""
+        actual = _in_steps(runner, self._prompts, block_size=BLOCK)
+        errors = torch.cat([_errors(*pair) for pair in zip(self._expected, actual, strict=True)])
+        mean = float(errors.nan_to_num(nan=float("inf")).mean())
+        return f"{_DIFFERENCE} by {mean:.2g} of their size" if mean > tolerance(self._dtype) else ""
 
 
 def _unsupported_layers(config: PreTrainedConfig) -> str:
@@ -147,23 +238,28 @@ def _eager_logits(model: PreTrainedModel, prompt: list[int]) -> Tensor:
     return logits.float()
 
 
-def _in_steps(runner: ModelRunner, prompts: list[list[int]], *, chunked: bool = True) -> list[Tensor]:
-    """Logits of the last positions of each prompt, computed in two chunks (or one) and two decode steps."""
-    scoring = SamplingParams(seed=0, max_tokens=0, num_prompt_logprobs=0)
+def _in_steps(
+    runner: ModelRunner, prompts: list[list[int]], *, chunked: bool = True, block_size: int = _BLOCK_SIZE
+) -> list[Tensor]:
+    """Logits of each position, computed in two chunks (or one) and two decode steps."""
+    scoring = SamplingParams(seed=0, max_tokens=3, num_prompt_logprobs=0)
     sequences = []
     for index, prompt in enumerate(prompts):
-        sequence = Sequence(index, choice_index=0, prompt_token_ids=prompt, sampling=scoring)
-        num_blocks = -(-len(prompt) // _BLOCK_SIZE)
+        sequence = Sequence(index, choice_index=0, prompt_token_ids=prompt[:-2], sampling=scoring)
+        sequence.status = SequenceStatus.RUNNING
+        num_blocks = -(-len(prompt) // block_size)
         # Interleaved block numbers, so that a mistake in the addressing cannot hide.
         sequence.block_ids = [i * 2 + index for i in range(num_blocks)]
         sequences.append(sequence)
     collected: list[list[Tensor]] = [[] for _ in prompts]
     cuts = [[0, *([len(p) // 2] if chunked else []), len(p) - 2, len(p) - 1, len(p)] for p in prompts]
     for step in range(len(cuts[0]) - 1):
+        for sequence, prompt, cut in zip(sequences, prompts, cuts, strict=True):
+            sequence.token_ids += prompt[len(sequence.token_ids) : cut[step + 1]]
         batch = [
             ScheduledSequence(s, cut[step], cut[step + 1] - cut[step]) for s, cut in zip(sequences, cuts, strict=True)
         ]
-        logits = runner.run(batch).float()
+        logits = runner.run(batch).float().clone()
         offset = 0
         for index, scheduled in enumerate(batch):
             collected[index].append(logits[offset : offset + scheduled.num_logit_rows])
@@ -176,12 +272,17 @@ def _difference(expected: list[Tensor], actual: list[Tensor], dtype: torch.dtype
     for reference, logits in zip(expected, actual, strict=True):
         if reference.shape != logits.shape:
             return f"its logits have shape {tuple(logits.shape)} where its own forward gives {tuple(reference.shape)}"
-        centred = reference - reference.mean(-1, keepdim=True)
-        error = (logits - reference).norm(dim=-1) / centred.norm(dim=-1).clamp(min=1e-12)
-        worst = max(worst, float(error.nan_to_num(nan=float("inf")).max()))
+        worst = max(worst, float(_errors(reference, logits).nan_to_num(nan=float("inf")).max()))
     if worst > tolerance(dtype):
         return f"{_DIFFERENCE} by {worst:.2g} of their size"
     return ""
+
+
+def _errors(reference: Tensor, logits: Tensor) -> Tensor:
+    """Of each position, as a share of what its logits vary by."""
+    centred = reference - reference.mean(-1, keepdim=True)
+    errors: Tensor = (logits - reference).norm(dim=-1) / centred.norm(dim=-1).clamp(min=1e-12)
+    return errors
 
 
 def _first_line(error: BaseException) -> str:

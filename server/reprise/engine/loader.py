@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from reprise.engine.gate import GateResult, padding_gate, paged_gate
-from reprise.engine.kv_cache import KVCache
+from reprise.engine.execution import NativeMismatchError, checked, choose_execution
 from reprise.engine.load_progress import loading_weights
-from reprise.engine.memory import kv_budget
-from reprise.engine.model_runner import ModelRunner, PagedRunner
-from reprise.engine.padded_runner import PaddedRunner
+from reprise.engine.model_runner import ModelRunner
 from reprise.engine.scheduler import SchedulingLimits
+from reprise.engine.selection import Selection
 from reprise.errors import ModelLoadError
 from reprise.ipc.messages import EngineConfig, Ready
 
 DEFAULT_MAX_MODEL_LEN = 4096
 """For models that have no longest position, as state-space models."""
-PADDED_BYTES_PER_TOKEN_FALLBACK = 4096
-
 Progress = Callable[[str, float], None]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -34,6 +34,7 @@ class LoadedModel:
     """Everything that the engine core is built from."""
 
     runner: ModelRunner
+    selection: Selection
     limits: SchedulingLimits
     num_blocks: int
     block_size: int
@@ -57,40 +58,39 @@ def load(config: EngineConfig, progress: Progress) -> LoadedModel:
     max_model_len = choose_max_model_len(config, model_config)
     freeze_rope(model, max_model_len)
     progress("running the equivalence gate", 0.85)
-    tier = choose_tier(model, config)
-    progress("allocating the KV pool", 0.95)
-    num_kv_tokens = size_kv_pool(config, model, tier, max_model_len, device)
-    num_blocks = num_kv_tokens // config.block_size
-    max_sequence_tokens = min(max_model_len, num_blocks * config.block_size)
-    limits = scheduling_limits(config, max_sequence_tokens, paged=tier.passed)
-    runner: ModelRunner
-    if tier.passed:
-        cache = KVCache(num_blocks * config.block_size, device, tier.shapes)
-        runner = PagedRunner(model, cache, config.block_size)
-    else:
-        runner = PaddedRunner(
-            model,
-            max_padded_tokens=max(4 * config.max_num_batched_tokens, max_sequence_tokens),
-            padding_is_inert=choose_padding(model),
-        )
+    num_parameters, vocab_size = sum(p.numel() for p in model.parameters()), output_size(model)
+    try:
+        execution = choose_execution(model, config, max_model_len, device)
+    except NativeMismatchError as error:
+        if config.kernels == "native":
+            raise ModelLoadError(f"--kernels native was asked for, but {error}") from None
+        logger.warning("%s: loading the model once more, for torch", error)
+        return load(msgspec.structs.replace(config, kernels="torch"), progress)
+    pool = execution.pool
+    progress("checking that answers repeat", 0.95)
+    repeatability = checked(config, execution)
     ready = Ready(
-        tier="paged" if tier.passed else "padded",
-        tier_reason=tier.reason,
+        tier=execution.tier,
+        tier_reason=execution.reason,
+        kernels=execution.kernels,
         device=device.type,
         device_name=device_name(device),
         dtype=str(dtype).removeprefix("torch."),
         architecture=type(model).__name__,
-        num_parameters=sum(p.numel() for p in model.parameters()),
-        vocab_size=output_size(model),
+        num_parameters=num_parameters,
+        vocab_size=vocab_size,
         max_model_len=max_model_len,
-        num_kv_tokens=num_blocks * config.block_size,
-        kv_cache_memory=num_kv_tokens * bytes_per_token(model, tier),
-        max_sequence_tokens=max_sequence_tokens,
+        num_kv_tokens=pool.num_tokens,
+        kv_cache_memory=pool.num_tokens * pool.bytes_per_token,
+        max_sequence_tokens=min(max_model_len, pool.num_tokens),
         max_num_seqs=config.max_num_seqs,
         weights_fingerprint=fingerprint,
         load_seconds=time.monotonic() - started,
+        deterministic=repeatability.passed,
+        deterministic_reason=repeatability.reason,
+        numerics_fingerprint=repeatability.fingerprint,
     )
-    return LoadedModel(runner, limits, num_blocks, config.block_size, ready)
+    return LoadedModel(execution.runner, execution.selection, execution.limits, pool.num_blocks, pool.block_size, ready)
 
 
 def choose_device(device: str) -> torch.device:
@@ -218,65 +218,6 @@ def freeze_rope(model: nn.Module, max_model_len: int) -> None:
                 setattr(module, "rope_type", "frozen")  # noqa: B010 # of a class that we do not know
             else:
                 kinds[layer_type] = "frozen"
-
-
-def choose_tier(model: PreTrainedModel, config: EngineConfig) -> GateResult:
-    if config.tier == "padded":
-        return GateResult(passed=False, reason="asked for with --tier padded", shapes={})
-    result = paged_gate(model)
-    if config.tier == "paged" and not result.passed:
-        raise ModelLoadError(f"--tier paged was asked for, but the model cannot run there: {result.reason}")
-    return result
-
-
-def choose_padding(model: PreTrainedModel) -> bool:
-    """Whether prompts of unequal lengths may share a cohort. Raises ModelLoadError where not even equal ones may."""
-    if padding_gate(model).passed:
-        return True
-    alone = padding_gate(model, padding_is_inert=False)
-    if not alone.passed:
-        raise ModelLoadError(f"the model cannot be served: token by token, {alone.reason}")
-    return False
-
-
-def size_kv_pool(
-    config: EngineConfig, model: PreTrainedModel, tier: GateResult, max_model_len: int, device: torch.device
-) -> int:
-    """Tokens of the pool: what the memory budget holds, and no more than all sequences can use at their longest."""
-    per_token = bytes_per_token(model, tier)
-    budget = config.kv_cache_memory
-    if budget is None:
-        budget = kv_budget(device, config.gpu_memory_utilization)
-    useful = config.max_num_seqs * (-(-max_model_len // config.block_size)) * config.block_size
-    tokens = min(budget // per_token, useful)
-    smallest = max(config.block_size, min(max_model_len, 2 * config.block_size))
-    if tokens < smallest:
-        raise ModelLoadError(
-            f"a KV pool of {budget} bytes holds {tokens} tokens at {per_token} bytes a token, fewer than the"
-            f" {smallest} it takes to serve: raise --kv-cache-memory"
-        )
-    return tokens // config.block_size * config.block_size
-
-
-def bytes_per_token(model: PreTrainedModel, tier: GateResult) -> int:
-    """Of the KV pool, all layers together."""
-    return sum(shape.bytes_per_token for shape in tier.shapes.values()) or padded_bytes_per_token(model)
-
-
-def padded_bytes_per_token(model: PreTrainedModel) -> int:
-    """An estimate for models whose cache transformers keeps: two vectors of the hidden size in every layer."""
-    text = model.config.get_text_config()
-    layers, hidden = getattr(text, "num_hidden_layers", 0), getattr(text, "hidden_size", 0)
-    return 2 * layers * hidden * model.dtype.itemsize or PADDED_BYTES_PER_TOKEN_FALLBACK
-
-
-def scheduling_limits(config: EngineConfig, max_sequence_tokens: int, *, paged: bool) -> SchedulingLimits:
-    if paged:
-        budget = max(config.max_num_batched_tokens, config.max_num_seqs)
-        return SchedulingLimits(config.max_num_seqs, budget, prefix_cache=config.prefix_cache)
-    # A pass of the padded tier is never cut, so the longest one must fit beside everybody's next token.
-    budget = max(config.max_num_batched_tokens, max_sequence_tokens) + config.max_num_seqs
-    return SchedulingLimits(config.max_num_seqs, budget, chunked=False, prefix_cache=False)
 
 
 def output_size(model: PreTrainedModel) -> int:

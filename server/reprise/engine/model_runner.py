@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from typing import Protocol
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from reprise.engine.attention import ROW_MULTIPLE, AttentionStep, SequenceSpan, attention_step
+from reprise.engine.elementwise import bind_late, fixed_elementwise
 from reprise.engine.kv_cache import KVCache
 from reprise.engine.scheduler import Batch, ScheduledSequence
 from reprise.engine.sequence import Sequence
@@ -29,13 +31,17 @@ class PagedRunner:
     """Packs the batch into one ragged row [1, T]; keys and values live in the block pool's slots.
 
     T, and the number of logits rows, is a multiple of ROW_MULTIPLE: with fewer or odd rows a matrix product may take
-    another kernel, and a row's bits would depend on its company. The rows that fill up belong to nobody.
+    another kernel, and a row's bits would depend on its company. The rows that fill up belong to nobody. Without
+    `fixed_order` there are none, and torch's own attention is used.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: KVCache, block_size: int) -> None:
+    def __init__(self, model: PreTrainedModel, cache: KVCache, block_size: int, *, fixed_order: bool = True) -> None:
         self._model = model
         self._cache = cache
         self._block_size = block_size
+        self._fixed_order = fixed_order
+        if fixed_order:
+            bind_late(model)
         self._offsets = torch.arange(block_size)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.last_calls: dict[torch.nn.Module, int] = {}
@@ -56,15 +62,16 @@ class PagedRunner:
             input_ids += scheduled.sequence.token_ids[scheduled.start : scheduled.end]
             position_ids += range(scheduled.start, scheduled.end)
             logit_rows += range(len(input_ids) - scheduled.num_logit_rows, len(input_ids))
-        padding = -len(input_ids) % ROW_MULTIPLE
+        row_multiple = ROW_MULTIPLE if self._fixed_order else 1
+        padding = -len(input_ids) % row_multiple
         input_ids += [0] * padding
         position_ids += [0] * padding
         new_slots.append(torch.full((padding,), self._cache.padding_slot))
         num_rows = len(logit_rows)
-        logit_rows += logit_rows[-1:] * (-num_rows % ROW_MULTIPLE)
-        step = AttentionStep(self._cache, spans, torch.cat(new_slots).to(device))
+        logit_rows += logit_rows[-1:] * (-num_rows % row_multiple)
+        step = AttentionStep(self._cache, spans, torch.cat(new_slots).to(device), fixed_order=self._fixed_order)
         rows = torch.tensor(logit_rows, device=device, dtype=torch.int64)
-        with attention_step(step):
+        with attention_step(step), fixed_elementwise() if self._fixed_order else nullcontext():
             output = self._model(
                 input_ids=torch.tensor([input_ids], device=device),
                 position_ids=torch.tensor([position_ids], device=device),

@@ -22,6 +22,42 @@ from reprise.engine.sequence import Sequence
 CACHE_NAMES = ("past_key_values", "cache_params", "state")
 
 
+class CachedForward:
+    """A forward pass over transformers' own cache, prepared as `generate` prepares it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        parameters = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in parameters
+        self.keeps_logits = "logits_to_keep" in parameters
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        cache: dict[str, Any],
+        *,
+        first: bool,
+        num_logits: int,
+        use_cache: bool = True,
+    ) -> Any:
+        """`cache`: what `cache_of` gave for the tokens before, by its name; empty for the first ones."""
+        arguments: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": use_cache, **cache}
+        if self.keeps_logits:
+            arguments["logits_to_keep"] = num_logits
+        if self._takes_positions:
+            positions = attention_mask.cumsum(-1) - 1
+            arguments["position_ids"] = positions.clamp(min=0)[:, -input_ids.shape[1] :]
+        prepare: Callable[..., dict[str, Any]] = getattr(self._model, "prepare_inputs_for_generation")  # noqa: B009 # a mixin gives it
+        inputs = prepare(input_ids, is_first_iteration=first, **arguments)
+        return self._model(**inputs)
+
+    @staticmethod
+    def cache_of(output: Any) -> dict[str, Any]:
+        """The cache in an output, under the name by which the next forward takes it; empty where there is none."""
+        return next(({name: output[name]} for name in CACHE_NAMES if output.get(name) is not None), {})
+
+
 @dataclass(slots=True, eq=False)
 class Cohort:
     """Rows in lockstep. `attention_mask`: [rows, padded length], 0 on the left padding."""
@@ -47,14 +83,11 @@ class PaddedRunner:
     """
 
     def __init__(self, model: PreTrainedModel, *, max_padded_tokens: int, padding_is_inert: bool = True) -> None:
-        self._model = model
+        self._forward = CachedForward(model)
         self._device = model.device
         self._max_padded_tokens = max_padded_tokens
         self._padding_is_inert = padding_is_inert
         self._cohorts: list[Cohort] = []
-        parameters = inspect.signature(model.forward).parameters
-        self._takes_positions = "position_ids" in parameters
-        self._keeps_logits = "logits_to_keep" in parameters
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
@@ -138,32 +171,11 @@ class PaddedRunner:
             input_ids.to(self._device), attention_mask, {}, first=True, use_cache=use_cache, num_logits=num_logits
         )
         if use_cache:
-            name = next((n for n in CACHE_NAMES if output.get(n) is not None), None)
-            if name is not None:
+            for name, cache in self._forward.cache_of(output).items():
                 sequences = [s.sequence for s in group]
                 lengths = [s.end for s in group]
-                self._cohorts.append(Cohort(sequences, lengths, attention_mask, output[name], name))
+                self._cohorts.append(Cohort(sequences, lengths, attention_mask, cache, name))
         return {
             s.sequence.sequence_id: output.logits[row, output.logits.shape[1] - s.num_logit_rows :]
             for row, s in enumerate(group)
         }
-
-    def _forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        cache: dict[str, Any],
-        *,
-        first: bool,
-        num_logits: int,
-        use_cache: bool = True,
-    ) -> Any:
-        arguments: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": use_cache, **cache}
-        if self._keeps_logits:
-            arguments["logits_to_keep"] = num_logits
-        if self._takes_positions:
-            positions = attention_mask.cumsum(-1) - 1
-            arguments["position_ids"] = positions.clamp(min=0)[:, -input_ids.shape[1] :]
-        prepare: Callable[..., dict[str, Any]] = getattr(self._model, "prepare_inputs_for_generation")  # noqa: B009 # a mixin gives it
-        inputs = prepare(input_ids, is_first_iteration=first, **arguments)
-        return self._model(**inputs)

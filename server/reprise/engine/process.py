@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import signal
 import socket
 import time
+import traceback
 
 import torch
 import transformers
@@ -14,6 +16,7 @@ import transformers
 from reprise.engine.block_pool import BlockPool
 from reprise.engine.core import EngineCore
 from reprise.engine.loader import LoadedModel, load
+from reprise.engine.pulse import Pulse
 from reprise.engine.sampler import Sampler
 from reprise.engine.scheduler import Scheduler
 from reprise.errors import ModelLoadError
@@ -29,29 +32,42 @@ from reprise.ipc.messages import (
 )
 from reprise.ipc.transport import BlockingConnection, ConnectionClosed, ProtocolError
 
-HEARTBEAT_SECONDS = 1.0
+IDLE_SECONDS = 1.0
+"""How often an engine that has nothing to do says so."""
+EXIT_FAILED = 1
 
 logger = logging.getLogger(__name__)
 
 
 def run_engine(sock: socket.socket) -> None:
-    """Serve the peer of `sock` until it closes. The first message says what to load."""
+    """Serve the peer of `sock` until it closes. The first message says what to load.
+
+    Where the loop itself fails, as on a lost GPU, the process ends with EXIT_FAILED: only another one can go on.
+    """
     # A terminal sends Ctrl-C to the whole group, and systemd SIGTERM to the whole service; the API process decides when
     # this one ends, after its streams.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Where a crash happened, and, when the supervisor asks, where it hangs: functions and lines, no data.
+    faulthandler.enable(all_threads=True)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     # What transformers would print is either an error that we raise by name, or advice that nobody can follow here.
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
     connection: BlockingConnection[ToEngine] = BlockingConnection(sock, ToEngine)
+    Pulse(connection).start()
     try:
         first: list[ToEngine] = []
         while not first:
-            first = connection.receive(HEARTBEAT_SECONDS)
+            first = connection.receive(IDLE_SECONDS)
         core = _load(first[0], connection)
         if core is not None:
             _loop(core, connection, first[1:])
-    except (ConnectionClosed, ProtocolError) as error:
-        logger.debug("the API process is gone: %s", type(error).__name__)
+    except ConnectionClosed:
+        logger.debug("the API process is gone")
+    except Exception as error:  # noqa: BLE001 # whatever it is, the process must end, and at once: no clean-up on a lost device
+        frames = "".join(traceback.format_tb(error.__traceback__))
+        logger.critical("the engine failed with %s at\n%s", type(error).__name__, frames)
+        os._exit(EXIT_FAILED)
     finally:
         connection.close()
 
@@ -59,7 +75,7 @@ def run_engine(sock: socket.socket) -> None:
 def build_core(loaded: LoadedModel, token_bytes: list[bytes] | None) -> EngineCore:
     """The engine core over a loaded model."""
     pool = BlockPool(loaded.num_blocks, loaded.block_size)
-    return EngineCore(Scheduler(loaded.limits, pool), loaded.runner, Sampler(token_bytes))
+    return EngineCore(Scheduler(loaded.limits, pool), loaded.runner, Sampler(token_bytes, loaded.selection))
 
 
 def _load(message: ToEngine, connection: BlockingConnection[ToEngine]) -> EngineCore | None:
@@ -91,7 +107,7 @@ def _loop(core: EngineCore, connection: BlockingConnection[ToEngine], pending: l
     step_seconds = 0.0
     was_busy = False
     while True:
-        messages = [*pending, *connection.receive(0 if core.has_work or was_busy else HEARTBEAT_SECONDS)]
+        messages = [*pending, *connection.receive(0 if core.has_work or was_busy else IDLE_SECONDS)]
         pending = []
         outputs = _take_in(core, messages)
         has_work = core.has_work

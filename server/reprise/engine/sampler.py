@@ -11,7 +11,8 @@ from torch import Tensor
 
 from reprise.engine import logits as processors
 from reprise.engine.bad_words import BadWordAutomaton, TokenTable
-from reprise.engine.noise import draw_key, gumbel
+from reprise.engine.noise import draw_key
+from reprise.engine.selection import Highest, Selection, TorchSelection
 from reprise.engine.sequence import Sequence
 from reprise.types import SamplingParams, TokenLogprobs
 
@@ -114,8 +115,9 @@ def _needs_constraints(sampling: SamplingParams, num_output_tokens: int) -> bool
 class Sampler:
     """`token_bytes`: what each token spells, for bad words; None where the tokenizer cannot tell."""
 
-    def __init__(self, token_bytes: list[bytes] | None = None) -> None:
+    def __init__(self, token_bytes: list[bytes] | None = None, selection: Selection | None = None) -> None:
         self._token_bytes = token_bytes
+        self._selection = selection or TorchSelection()
         self._table: TokenTable | None = None
         self._constraints: dict[int, _Constraints] = {}
 
@@ -127,9 +129,11 @@ class Sampler:
         """One token for each row of `logits` [B, vocab]; the ids and log-probabilities reach the host once."""
         raw = logits.float()
         scores = self.processed(sequences, raw)
-        token_ids = self._draw(sequences, scores)
-        broken = no_numbers(raw) | torch.isnan(scores).any(dim=-1)
-        barred = scores.max(dim=-1).values == processors.REMOVED
+        most_likely = self._selection.highest(raw)
+        best = most_likely if scores is raw else self._selection.highest(scores)
+        token_ids = self._draw(sequences, scores, best.token_ids)
+        broken = _are_broken(most_likely) | best.has_nan
+        barred = best.scores == processors.REMOVED
         logprobs = row_logprobs(raw, token_ids, [sequence.sampling.num_logprobs for sequence in sequences])
         sampled = []
         for row, (is_broken, is_barred, token_id) in enumerate(
@@ -188,17 +192,16 @@ class Sampler:
         constraints.catch_up()
         return constraints
 
-    def _draw(self, sequences: list[Sequence], scores: Tensor) -> Tensor:
-        """[B] int64: the most likely token where the temperature is 0, else the Gumbel maximum."""
-        token_ids = scores.argmax(dim=-1)
+    def _draw(self, sequences: list[Sequence], scores: Tensor, token_ids: Tensor) -> Tensor:
+        """[B] int64: of `token_ids`, the most likely ones, where the temperature is 0, else the Gumbel maximum."""
         rows = [row for row, sequence in enumerate(sequences) if sequence.sampling.temperature >= GREEDY_BELOW]
         if rows:
             keys = [
                 draw_key(s.sampling.seed, s.choice_index, s.num_output_tokens) for s in (sequences[row] for row in rows)
             ]
             index = torch.tensor(rows, device=scores.device)
-            noise = gumbel(torch.tensor(keys, device=scores.device), scores.shape[-1])
-            token_ids = token_ids.index_copy(0, index, (scores[index] + noise).argmax(dim=-1))
+            drawn = self._selection.draw(scores if len(rows) == len(sequences) else scores[index], keys)
+            token_ids = token_ids.index_copy(0, index, drawn)
         return token_ids
 
 
@@ -214,7 +217,11 @@ _WARPERS: tuple[_Warper, ...] = (
 
 def no_numbers(raw: Tensor) -> Tensor:
     """[B] bool: the rows of logits that hold NaN or plus infinity, or nothing but minus infinity."""
-    return (torch.isnan(raw) | (raw == float("inf"))).any(dim=-1) | (raw == float("-inf")).all(dim=-1)
+    return _are_broken(TorchSelection().highest(raw))
+
+
+def _are_broken(found: Highest) -> Tensor:
+    return found.has_nan | torch.isinf(found.scores)
 
 
 def row_logprobs(raw: Tensor, token_ids: Tensor, counts: list[int | None]) -> list[TokenLogprobs | None]:

@@ -9,6 +9,7 @@ Rules that live here:
     tokens are free.
  4. When blocks run out, the youngest running sequence gives up all of its own and waits at its old place.
  5. `finish` alone ends a sequence, exactly once.
+ 6. While memory is short a step is smaller: the youngest running sequences beyond `StepLimit` wait at their old place.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 
 from reprise.engine.block_pool import BlockPool
 from reprise.engine.sequence import Sequence, SequenceStatus
+from reprise.engine.step_limit import MIN_CHUNK, StepLimit
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,7 @@ class Scheduler:
         self._preempted: list[Sequence] = []
         self._running: list[Sequence] = []
         self._next_turn = 0
+        self.step_limit = StepLimit(limits.max_num_seqs, limits.max_num_batched_tokens)
         self.num_preemptions = 0
 
     @property
@@ -119,7 +122,9 @@ class Scheduler:
 
     def schedule(self) -> Batch:
         """The next step's work. Empty only where there is nothing to do."""
-        plan = _Plan(self._limits.max_num_batched_tokens)
+        while len(self._running) > self.step_limit.num_seqs:
+            self._preempt(self._running[-1])
+        plan = _Plan(self.step_limit.num_tokens)
         by_turn = sorted(self._running, key=lambda s: s.turn)
         passes = deque(s for s in by_turn if s.num_uncomputed_tokens > 1)
         for sequence in by_turn:
@@ -151,6 +156,13 @@ class Scheduler:
         self.taint(sequence, 0)
         self._preempt(sequence)
 
+    def shrink(self, scheduled: ScheduledSequence) -> bool:
+        """A chunk ran out of memory by itself: have it computed in smaller ones. False where there are none."""
+        if not self._limits.chunked or scheduled.num_tokens <= MIN_CHUNK:
+            return False
+        scheduled.sequence.max_chunk = max(MIN_CHUNK, scheduled.num_tokens // 2)
+        return True
+
     def taint(self, sequence: Sequence, start: int) -> None:
         """What this sequence's blocks hold from token `start` on is not to be trusted: nobody shall find it."""
         self._pool.forget(sequence.block_ids[start // self._pool.block_size :])
@@ -181,17 +193,19 @@ class Scheduler:
             return self._preempted[0]
         return next(iter(self._waiting.values()), None)
 
-    def _chunk(self, num_tokens: int, plan: _Plan) -> int:
+    def _chunk(self, sequence: Sequence, num_tokens: int, plan: _Plan) -> int:
         """How much of a pass of `num_tokens` fits what is left of the budget; 0 where it has to wait."""
-        if num_tokens <= plan.budget:
-            return num_tokens
-        return plan.budget if self._limits.chunked else 0
+        if not self._limits.chunked:
+            # A pass that is larger than the step limit can only be made by itself.
+            fits = num_tokens <= plan.budget or (not plan.batch and num_tokens <= self._limits.max_num_batched_tokens)
+            return num_tokens if fits else 0
+        return min(num_tokens, plan.budget, sequence.max_chunk or num_tokens)
 
     def _continue(self, sequence: Sequence, plan: _Plan) -> bool:
         """Schedule more of a running sequence. False: the budget is spent."""
         if sequence.status is not SequenceStatus.RUNNING:
             return True
-        num_tokens = self._chunk(sequence.num_uncomputed_tokens, plan)
+        num_tokens = self._chunk(sequence, sequence.num_uncomputed_tokens, plan)
         if num_tokens == 0:
             return False
         if self._make_room(sequence, sequence.num_computed_tokens + num_tokens, plan):
@@ -228,14 +242,14 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence, plan: _Plan) -> bool:
         """Let a waiting sequence run, with whatever prefix of it is cached. False: there is no room for it."""
-        if len(self._running) >= self._limits.max_num_seqs:
+        if len(self._running) >= self.step_limit.num_seqs:
             return False
         prefix = self._cached_prefix(sequence)
         for block in prefix:
             self._pool.share(block)
         num_cached = len(prefix) * self._pool.block_size
         missing = self._pool.num_blocks_for(sequence.num_tokens) - len(prefix)
-        num_tokens = self._chunk(sequence.num_tokens - num_cached, plan)
+        num_tokens = self._chunk(sequence, sequence.num_tokens - num_cached, plan)
         if missing > self._pool.num_free or num_tokens == 0:
             self._pool.release(reversed(prefix))
             return False

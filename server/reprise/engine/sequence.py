@@ -43,6 +43,8 @@ class Sequence:
         self.status = SequenceStatus.WAITING
         self.num_computed_tokens = 0
         self.block_ids: list[int] = []
+        self.max_chunk: int | None = None
+        """Tokens that one step may compute of it at most, where more of them ran out of memory."""
         self.num_cached_tokens: int | None = None
         self.reported = False
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None

@@ -1,7 +1,8 @@
 """The messages between the API process and the engine process, grouped by receiver.
 
 Token ids in, token ids out: no text but an error's message, no tensor. A `sequence_id` is chosen by the API
-process, names one choice of one request, and is never used twice in the life of an API process.
+process, names one choice of one request in one life of the engine, and is never used twice in the life of an API
+process: so nothing that a dead engine said can be taken for what its successor says.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import msgspec
 
 from reprise.types import FinishReason, SamplingParams, TokenLogprobs
 
+Tier = Literal["paged", "padded"]
+
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What the engine needs to know of the settings. Sizes in tokens unless they say bytes."""
@@ -21,6 +24,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     tier: Literal["auto", "paged", "padded"] = "auto"
+    kernels: Literal["auto", "native", "torch"] = "auto"
+    """Of the paged tier on a CPU."""
     max_model_len: int | None = None
     max_num_seqs: int = 64
     """Sequences that run in one step at most."""
@@ -32,6 +37,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     gpu_memory_utilization: float = 0.9
     prefix_cache: bool = True
     num_threads: int | None = None
+    deterministic: bool | None = None
+    """Whether bits may not depend on company; None: where it is cheap, that is on the paged tier."""
 
 
 # ---- to the engine -------------------------------------------------------------------------------------------
@@ -82,9 +89,11 @@ class LoadFailed(msgspec.Struct, frozen=True, tag="load_failed"):
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     """The model is loaded and what was found about it."""
 
-    tier: Literal["paged", "padded"]
+    tier: Tier
     tier_reason: str
     """Why this tier: what the equivalence gate found."""
+    kernels: str = "torch"
+    """What computes: torch, or the native decoder with its instruction set."""
     device: str
     device_name: str
     dtype: str
@@ -102,6 +111,16 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     max_num_seqs: int
     weights_fingerprint: str
     load_seconds: float
+    deterministic: bool = False
+    """Whether the start-up check found that bits do not depend on company, and the setting asks for it or allows it."""
+    deterministic_reason: str = ""
+    """One phrase: why, or why not."""
+    numerics_fingerprint: str = ""
+    """A digest of the logits' bits that the check computed: other kernels, threads or CPUs may give another one."""
+
+
+class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
+    """The process is alive, whatever its main loop does. Sent every second, while loading as well."""
 
 
 class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, tag="sequence_output", omit_defaults=True):
@@ -133,15 +152,17 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_generated_tokens: int = 0
+    num_memory_shortages: int = 0
+    """Forwards that ran out of memory and were repeated in smaller parts."""
     step_seconds: float = 0.0
     """Sum over all steps."""
 
 
 class StepOutput(msgspec.Struct, frozen=True, tag="step_output"):
-    """Everything one step produced. Sent with no outputs when the engine falls idle, and as a heartbeat."""
+    """Everything one step produced. Sent with no outputs when the engine falls idle, and every second that it is."""
 
     outputs: list[SequenceOutput]
     stats: EngineStats
 
 
-FromEngine = LoadProgress | LoadFailed | Ready | StepOutput
+FromEngine = LoadProgress | LoadFailed | Ready | StepOutput | Heartbeat

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import select
 import socket
+import threading
 import time
 from typing import Generic, TypeVar
 
@@ -72,7 +73,10 @@ class MessageCodec(Generic[T]):
 
 
 class BlockingConnection(Generic[T]):
-    """The engine's end: blocking sends, receives with a timeout. `T` is the union of messages received."""
+    """The engine's end: blocking sends, receives with a timeout. `T` is the union of messages received.
+
+    Any thread may send; one alone receives, and one alone waits for the peer's end.
+    """
 
     def __init__(self, sock: socket.socket, receives: object) -> None:
         self._socket = sock
@@ -81,10 +85,15 @@ class BlockingConnection(Generic[T]):
         self._frames = FrameDecoder()
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
+        self._hang_up = select.poll()
+        self._hang_up.register(sock, 0)  # a hang-up is reported whether asked for or not
+        self._sending = threading.Lock()
 
     def send(self, message: msgspec.Struct) -> None:
+        frame = self._codec.encode(message)
         try:
-            self._socket.sendall(self._codec.encode(message))
+            with self._sending:
+                self._socket.sendall(frame)
         except (BrokenPipeError, ConnectionResetError) as error:
             raise ConnectionClosed from error
 
@@ -104,6 +113,10 @@ class BlockingConnection(Generic[T]):
                 raise ConnectionClosed
             messages.extend(self._codec.decode(frame) for frame in self._frames.feed(data))
         return messages
+
+    def peer_is_gone(self, timeout: float) -> bool:
+        """Wait at most `timeout` seconds for the peer to close its end, whatever is still to be read or sent."""
+        return bool(self._hang_up.poll(timeout * 1000))
 
     def close(self) -> None:
         self._socket.close()

@@ -1,0 +1,272 @@
+"""How a model is run: the tier and kernels that fit it, proven equal to its own forward and checked to repeat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from reprise.engine.alone_runner import AloneRunner
+from reprise.engine.gate import GateResult, NativeGate, alone_gate, native_layers_gate, padding_gate, paged_gate
+from reprise.engine.kv_cache import KVCache
+from reprise.engine.memory import kv_budget
+from reprise.engine.model_runner import ModelRunner, PagedRunner
+from reprise.engine.native.decoder import BLOCK, NativeDecoder, unsupported
+from reprise.engine.native.library import NativeContext, built_variants
+from reprise.engine.native.runner import NativeRunner
+from reprise.engine.native.selection import NativeSelection
+from reprise.engine.padded_runner import PaddedRunner
+from reprise.engine.repeatability import (
+    NUM_CHECK_BLOCKS,
+    Repeatability,
+    check_alone,
+    check_paged,
+    check_runner,
+    fingerprint_of,
+)
+from reprise.engine.scheduler import SchedulingLimits
+from reprise.engine.selection import Selection, TorchSelection
+from reprise.errors import ModelLoadError
+from reprise.ipc.messages import EngineConfig, Tier
+
+PADDED_BYTES_PER_TOKEN_FALLBACK = 4096
+ALONE_STEP_TOKENS = 128
+"""Of a step where each token may be a forward of its own: so that a replay does not stop the other streams for long."""
+
+
+class NativeMismatchError(Exception):
+    """The native decoder has taken a model's weights and does not give its logits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """The KV pool's size."""
+
+    num_blocks: int
+    block_size: int
+    bytes_per_token: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_blocks * self.block_size
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """What runs a model, and what was found about it."""
+
+    tier: Tier
+    reason: str
+    kernels: str
+    pool: Pool
+    limits: SchedulingLimits
+    runner: ModelRunner
+    selection: Selection
+    check: Callable[[], Repeatability]
+    """Whether its answers repeat: some forwards."""
+
+
+def choose_execution(
+    model: PreTrainedModel, config: EngineConfig, max_model_len: int, device: torch.device
+) -> Execution:
+    """The fastest way that passes its checks. The model may have lost its weights to it.
+
+    Raises ModelLoadError, and NativeMismatchError where the weights are lost for nothing.
+    """
+    tier = choose_tier(model, config)
+    if tier.passed:
+        refusal = native_refusal(model, config, tier)
+        if config.kernels == "native" and refusal:
+            raise ModelLoadError(f"--kernels native was asked for, but {refusal}")
+        paged = torch_paged if refusal else native_paged
+        return paged(model, config, tier, max_model_len, device)
+    if config.deterministic:
+        return alone(model, config, tier, max_model_len, device)
+    return padded(model, config, tier, max_model_len, device)
+
+
+def choose_tier(model: PreTrainedModel, config: EngineConfig) -> GateResult:
+    if config.tier == "padded":
+        return GateResult(passed=False, reason="asked for with --tier padded", shapes={})
+    result = paged_gate(model, fixed_order=config.deterministic is not False)
+    if config.tier == "paged" and not result.passed:
+        raise ModelLoadError(f"--tier paged was asked for, but the model cannot run there: {result.reason}")
+    return result
+
+
+def native_refusal(model: PreTrainedModel, config: EngineConfig, tier: GateResult) -> str:
+    """Why the native decoder does not run this model; empty where it does."""
+    if config.kernels == "torch":
+        return "--kernels torch was asked for"
+    if config.kernels == "auto" and config.deterministic is False:
+        return "--no-deterministic was asked for, and the native decoder repeats in any case"
+    return unsupported(model) or native_layers_gate(model, _windows(tier))
+
+
+def native_paged(
+    model: PreTrainedModel, config: EngineConfig, tier: GateResult, max_model_len: int, device: torch.device
+) -> Execution:
+    block_size = -(-config.block_size // BLOCK) * BLOCK
+    pool = size_pool(config, paged_bytes_per_token(tier), max_model_len, device, block_size)
+    gate = NativeGate(model)
+    context = NativeContext(torch.get_num_threads())
+    decoder = NativeDecoder(
+        model,
+        _windows(tier),
+        num_blocks=max(pool.num_tokens // BLOCK, NUM_CHECK_BLOCKS, gate.num_blocks),
+        max_positions=max(max_model_len, gate.num_positions),
+        context=context,
+        release=True,
+    )
+    checker = NativeRunner(decoder, BLOCK)
+    difference = gate.difference(checker)
+    if difference:
+        raise NativeMismatchError(f"in the native decoder {difference}")
+    return Execution(
+        tier="paged",
+        reason=tier.reason,
+        kernels=f"native, {context.variant}",
+        pool=pool,
+        limits=paged_limits(config),
+        runner=NativeRunner(decoder, block_size),
+        selection=NativeSelection(context),
+        check=lambda: check_runner(checker, decoder.vocab_size, min(max_model_len, pool.num_tokens)),
+    )
+
+
+def torch_paged(
+    model: PreTrainedModel, config: EngineConfig, tier: GateResult, max_model_len: int, device: torch.device
+) -> Execution:
+    pool = size_pool(config, paged_bytes_per_token(tier), max_model_len, device)
+    fixed_order = config.deterministic is not False
+    cache = KVCache(pool.num_tokens, device, tier.shapes)
+    return Execution(
+        tier="paged",
+        reason=tier.reason,
+        kernels="torch",
+        pool=pool,
+        limits=paged_limits(config),
+        runner=PagedRunner(model, cache, pool.block_size, fixed_order=fixed_order),
+        selection=choose_selection(config, device),
+        check=lambda: check_paged(model, tier.shapes, min(max_model_len, pool.num_tokens), fixed_order=fixed_order),
+    )
+
+
+def alone(
+    model: PreTrainedModel, config: EngineConfig, tier: GateResult, max_model_len: int, device: torch.device
+) -> Execution:
+    """Raises ModelLoadError where even a sequence by itself does not get the model's own logits."""
+    gate = alone_gate(model)
+    if not gate.passed:
+        raise ModelLoadError(f"the model cannot be served: token by token, {gate.reason}")
+    pool = size_pool(config, padded_bytes_per_token(model), max_model_len, device)
+    limits = SchedulingLimits(config.max_num_seqs, max(ALONE_STEP_TOKENS, config.max_num_seqs), prefix_cache=False)
+    return Execution(
+        tier="padded",
+        reason=tier.reason,
+        kernels="torch",
+        pool=pool,
+        limits=limits,
+        runner=AloneRunner(model),
+        selection=choose_selection(config, device),
+        check=lambda: check_alone(model, min(max_model_len, pool.num_tokens)),
+    )
+
+
+def padded(
+    model: PreTrainedModel, config: EngineConfig, tier: GateResult, max_model_len: int, device: torch.device
+) -> Execution:
+    pool = size_pool(config, padded_bytes_per_token(model), max_model_len, device)
+    max_sequence_tokens = min(max_model_len, pool.num_tokens)
+    # A pass of a cohort is never cut, so the longest one must fit beside everybody's next token.
+    budget = max(config.max_num_batched_tokens, max_sequence_tokens) + config.max_num_seqs
+    runner = PaddedRunner(
+        model,
+        max_padded_tokens=max(4 * config.max_num_batched_tokens, max_sequence_tokens),
+        padding_is_inert=choose_padding(model),
+    )
+    reason = "turned off" if config.deterministic is False else "on the padded tier only with --deterministic"
+
+    def check() -> Repeatability:
+        fingerprint = fingerprint_of(model, runner, max_sequence_tokens)
+        return Repeatability(passed=False, reason=reason, fingerprint=fingerprint)
+
+    return Execution(
+        tier="padded",
+        reason=tier.reason,
+        kernels="torch",
+        pool=pool,
+        limits=SchedulingLimits(config.max_num_seqs, budget, chunked=False, prefix_cache=False),
+        runner=runner,
+        selection=choose_selection(config, device),
+        check=check,
+    )
+
+
+def choose_selection(config: EngineConfig, device: torch.device) -> Selection:
+    if config.kernels == "torch" or device.type != "cpu" or not built_variants():
+        return TorchSelection()
+    return NativeSelection(NativeContext(torch.get_num_threads()))
+
+
+def choose_padding(model: PreTrainedModel) -> bool:
+    """Whether prompts of unequal lengths may share a cohort. Raises ModelLoadError where not even equal ones may."""
+    if padding_gate(model).passed:
+        return True
+    alone = padding_gate(model, padding_is_inert=False)
+    if not alone.passed:
+        raise ModelLoadError(f"the model cannot be served: token by token, {alone.reason}")
+    return False
+
+
+def checked(config: EngineConfig, execution: Execution) -> Repeatability:
+    """Raises ModelLoadError where `deterministic` is asked for and the check fails."""
+    found = execution.check()
+    if config.deterministic and not found.passed:
+        other = ", or add --tier padded, which computes each sequence by itself" if execution.tier == "paged" else ""
+        raise ModelLoadError(
+            f"--deterministic was asked for, but on this device {found.reason}: leave --deterministic out{other}"
+        )
+    return found
+
+
+def size_pool(
+    config: EngineConfig, bytes_per_token: int, max_model_len: int, device: torch.device, block_size: int | None = None
+) -> Pool:
+    """What the memory budget holds, and no more than all sequences can use at their longest."""
+    block_size = block_size or config.block_size
+    budget = config.kv_cache_memory
+    if budget is None:
+        budget = kv_budget(device, config.gpu_memory_utilization)
+    useful = config.max_num_seqs * (-(-max_model_len // block_size)) * block_size
+    tokens = min(budget // bytes_per_token, useful)
+    smallest = max(block_size, min(max_model_len, 2 * block_size))
+    if tokens < smallest:
+        raise ModelLoadError(
+            f"a KV pool of {budget} bytes holds {tokens} tokens at {bytes_per_token} bytes a token, fewer than the"
+            f" {smallest} it takes to serve: raise --kv-cache-memory"
+        )
+    return Pool(tokens // block_size, block_size, bytes_per_token)
+
+
+def paged_bytes_per_token(tier: GateResult) -> int:
+    """All layers together."""
+    return sum(shape.bytes_per_token for shape in tier.shapes.values())
+
+
+def padded_bytes_per_token(model: PreTrainedModel) -> int:
+    """An estimate for models whose cache transformers keeps: two vectors of the hidden size in every layer."""
+    text = model.config.get_text_config()
+    layers, hidden = getattr(text, "num_hidden_layers", 0), getattr(text, "hidden_size", 0)
+    return 2 * layers * hidden * model.dtype.itemsize or PADDED_BYTES_PER_TOKEN_FALLBACK
+
+
+def paged_limits(config: EngineConfig) -> SchedulingLimits:
+    budget = max(config.max_num_batched_tokens, config.max_num_seqs)
+    return SchedulingLimits(config.max_num_seqs, budget, prefix_cache=config.prefix_cache)
+
+
+def _windows(tier: GateResult) -> list[int | None]:
+    return [shape.sliding_window for shape in tier.shapes.values()]
