@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from benchmarks.local_server import LocalServer
+from support.engine_processes import engine_pids
 from support.live_api import COMPLETIONS, LiveApi, assert_same, of_events
 from support.loopback import events
 
@@ -37,20 +38,6 @@ def read_slowly(api: LiveApi, seed: int, begun: threading.Barrier) -> list[Any]:
         text = next(pieces)
         begun.wait(30)
         return events(text + "".join(pieces))
-
-
-def engine_pids(server: LocalServer) -> list[int]:
-    """Processes below the server's that have the engine's connection: children of the fork server."""
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            parents[int(entry.name)] = int(fields[1])
-    children = [pid for pid, parent in parents.items() if parent == server.process.pid]
-    return [pid for pid, parent in parents.items() if parent in children]
 
 
 def test_a_killed_engine_is_a_pause(llama_directory: Path, start_live_server: Callable[..., LocalServer]) -> None:

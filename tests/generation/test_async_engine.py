@@ -245,7 +245,7 @@ async def test_tokens_that_cannot_be_made_into_text_fail_their_request_alone(
 async def test_an_engine_that_dies_while_loading_is_given_up(
     directory: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("reprise.generation.async_engine.RESTART_DELAYS", (0.0,))
+    monkeypatch.setattr("reprise.generation.supervision.RESTART_DELAYS", (0.0,) * 4)
     engine = AsyncEngine(config(directory), tokenizer)
 
     def kill(_progress: LoadProgress) -> None:

@@ -9,12 +9,13 @@ from collections.abc import Iterable, Sequence
 
 from reprise.errors import UnavailableError
 from reprise.generation.interface import EngineState
+from reprise.generation.request_stream import RequestStream
 from reprise.ipc.messages import EngineStats, LoadProgress, Ready
 from reprise.text.tokenizer import Tokenizer
 from reprise.types import ChoiceDelta, FinishReason, GenerationRequest, LogprobEntry, LogprobToken
 
-Item = ChoiceDelta | Exception | asyncio.Event
-"""A delta to give, an error to raise, or something to wait for."""
+Item = ChoiceDelta | list[ChoiceDelta] | Exception | asyncio.Event
+"""A delta to give, several to give before anybody can read one, an error to raise, or something to wait for."""
 
 READY = Ready(
     tier="paged",
@@ -32,42 +33,38 @@ READY = Ready(
     max_num_seqs=64,
     weights_fingerprint="0123456789abcdef",
     load_seconds=0.5,
+    deterministic=True,
+    deterministic_reason="the check at load found equal bits",
+    numerics_fingerprint="feedbeef",
 )
 
 
-class ScriptedStream:
-    """Gives its script's items, then ends; a script of None waits until it is closed."""
+class ScriptedStream(RequestStream):
+    """Gets its script's items, then ends, complete or not; a script of None waits until it is closed."""
 
-    def __init__(self, items: Iterable[Item] | None) -> None:
-        self._items = deque(items) if items is not None else None
-        self._gone = asyncio.Event()
-        self.num_given = 0
+    def __init__(self, request: GenerationRequest, items: Iterable[Item] | None) -> None:
+        super().__init__(request, self._stop)
+        self._playing = asyncio.create_task(self._play(items))
 
-    @property
-    def closed(self) -> bool:
-        return self._gone.is_set()
+    def _stop(self, _: RequestStream) -> None:
+        self._playing.cancel()
 
-    def __aiter__(self) -> ScriptedStream:
-        return self
-
-    async def __anext__(self) -> ChoiceDelta:
-        if self._items is None:
-            await self._gone.wait()
-            raise StopAsyncIteration
-        while self._items:
+    async def _play(self, items: Iterable[Item] | None) -> None:
+        if items is None:
+            return
+        for item in items:
             # Let others run, as a real engine would.
             await asyncio.sleep(0)
-            item = self._items.popleft()
-            if isinstance(item, Exception):
-                raise item
-            if isinstance(item, ChoiceDelta):
-                self.num_given += 1
-                return item
-            await item.wait()
-        raise StopAsyncIteration
-
-    def close(self) -> None:
-        self._gone.set()
+            if isinstance(item, ChoiceDelta | list):
+                for delta in item if isinstance(item, list) else [item]:
+                    self.put(delta)
+            elif isinstance(item, Exception):
+                self.fail(item)
+                return
+            else:
+                await item.wait()
+        if not self.finished:
+            self.close()
 
 
 class ScriptedEngine:
@@ -82,7 +79,15 @@ class ScriptedEngine:
         self.stats = EngineStats()
         self.load_progress: LoadProgress | None = None
         self.last_progress = time.monotonic()
+        self.last_heartbeat = self.last_progress
         self.num_restarts = 0
+        self.num_hung = 0
+        self.num_recovered = 0
+        self.num_lost = 0
+        self.num_convicted = 0
+        self.num_dropped = 0
+        self.num_failed: dict[str, int] = {}
+        self.last_recovery_seconds = 0.0
         self.answer = "Hello, world!"
         self.requests: list[GenerationRequest] = []
         self.streams: list[ScriptedStream] = []
@@ -96,7 +101,7 @@ class ScriptedEngine:
         if self.state not in (EngineState.READY, EngineState.RECOVERING):
             raise UnavailableError(f"the engine is {self.state.value}")
         script = self._scripts.popleft() if self._scripts else self._default_script(request)
-        stream = ScriptedStream(script)
+        stream = ScriptedStream(request, script)
         self.requests.append(request)
         self.streams.append(stream)
         return stream

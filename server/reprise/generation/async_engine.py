@@ -1,7 +1,8 @@
 """The asyncio client and supervisor of an engine process.
 
 It owns the state that outlives an engine: each live choice's prompt, parameters and tokens so far. When the
-process dies, a new one is started and every live choice is added again with what it has, so its stream goes on.
+process dies or hangs, a new one is started and every live choice is added again with what it has, so its stream
+goes on. What to make of a death is decided in `supervision`.
 """
 
 from __future__ import annotations
@@ -9,27 +10,26 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import multiprocessing
-import os
-import socket
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Callable
-from multiprocessing import forkserver
-from multiprocessing.context import ForkServerProcess
 
 import msgspec
 
 from reprise.errors import GenerationError, ModelLoadError, UnavailableError
+from reprise.generation.engine_entry import run as run_engine
+from reprise.generation.engine_process import EngineEntry, EngineProcess
 from reprise.generation.interface import EngineState
 from reprise.generation.output_processor import OutputProcessor
 from reprise.generation.request_stream import RequestStream
+from reprise.generation.supervision import HangLimits, RestartPolicy, Suspects, Watchdog, is_duplicate
 from reprise.ipc.messages import (
     Abort,
     Add,
     EngineConfig,
     EngineStats,
     FromEngine,
+    Heartbeat,
     LoadFailed,
     LoadProgress,
     Ready,
@@ -37,34 +37,30 @@ from reprise.ipc.messages import (
     Start,
     StepOutput,
 )
-from reprise.ipc.transport import FrameDecoder, MessageCodec, ProtocolError
+from reprise.ipc.transport import ProtocolError
 from reprise.text.tokenizer import Tokenizer
-from reprise.types import GenerationRequest
-
-READ_BYTES = 1024 * 1024
-MAX_DEATHS = 4
-DEATH_WINDOW_SECONDS = 60.0
-RESTART_DELAYS = (0.0, 1.0, 2.0, 4.0)
-STOP_SECONDS = 5.0
+from reprise.types import FinishReason, GenerationRequest
 
 logger = logging.getLogger(__name__)
-
-_context = multiprocessing.get_context("forkserver")
 
 
 class _Choice:
     """One choice in flight: what an engine needs to go on with it, and what it is made into."""
 
-    def __init__(self, sequence_id: int, index: int, stream: RequestStream, processor: OutputProcessor) -> None:
-        self.sequence_id = sequence_id
+    def __init__(self, choice_id: int, index: int, stream: RequestStream, processor: OutputProcessor) -> None:
+        self.choice_id = choice_id
         self.index = index
         self.stream = stream
         self.processor = processor
+        self.sequence_id: int | None = None
+        """What the engine calls it: another name each time it is added. None while it is in no engine."""
+        self.interrupted_at: float | None = None
+        """When the engine that it was in died; None once it has gone on."""
 
-    def message(self) -> Add:
+    def message(self, sequence_id: int) -> Add:
         request = self.stream.request
         return Add(
-            self.sequence_id,
+            sequence_id,
             self.index,
             request.prompt_token_ids,
             request.sampling,
@@ -75,7 +71,7 @@ class _Choice:
 class AsyncEngine:
     """Implements `generation.interface.Engine` over an engine process.
 
-    `on_progress` hears of loading; it is called in the event loop.
+    `on_progress` hears of loading; it is called in the event loop. `entry` is what the process runs.
     """
 
     def __init__(
@@ -84,25 +80,35 @@ class AsyncEngine:
         tokenizer: Tokenizer,
         *,
         on_progress: Callable[[LoadProgress], None] | None = None,
+        limits: HangLimits | None = None,
+        entry: EngineEntry = run_engine,
     ) -> None:
         self._start_message = Start(config, tokenizer.vocabulary.token_bytes())
         self._tokenizer = tokenizer
         self._on_progress = on_progress
+        self._limits = limits or HangLimits()
+        self._entry = entry
         self._choices: dict[int, _Choice] = {}
+        self._by_sequence_id: dict[int, _Choice] = {}
         self._ids = itertools.count(1)
-        self._codec: MessageCodec[FromEngine] = MessageCodec(FromEngine)
-        self._process: ForkServerProcess | None = None
-        self._writer: asyncio.StreamWriter | None = None
+        self._suspects = Suspects()
+        self._restarts = RestartPolicy()
+        self._process: EngineProcess | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._loaded: asyncio.Future[None] | None = None
-        self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
-        self._num_lives_unready = 0
         self.state = EngineState.STOPPED
         self.info: Ready | None = None
         self.stats = EngineStats()
         self.load_progress: LoadProgress | None = None
-        self.last_progress = time.monotonic()
+        self.last_progress = self.last_heartbeat = time.monotonic()
         self.num_restarts = 0
+        self.num_hung = 0
+        self.num_recovered = 0
+        self.num_lost = 0
+        self.num_convicted = 0
+        self.num_dropped = 0
+        self.num_failed: Counter[str] = Counter()
+        self.last_recovery_seconds = 0.0
 
     async def start(self) -> None:
         """Start the process and wait until the model is loaded. Raises ModelLoadError."""
@@ -134,134 +140,224 @@ class AsyncEngine:
         for index in range(request.num_choices):
             processor = OutputProcessor(index, request, self._tokenizer)
             choice = _Choice(next(self._ids), index, stream, processor)
-            self._choices[choice.sequence_id] = choice
-            stream.sequence_ids.append(choice.sequence_id)
-            if self.state is EngineState.READY:
-                self._send(choice.message())
+            self._choices[choice.choice_id] = choice
+            stream.sequence_ids.append(choice.choice_id)
+        self._suspects.add(stream.sequence_ids)
+        self._move()
         return stream
 
     def _abort(self, stream: RequestStream) -> None:
-        alive = [i for i in stream.sequence_ids if self._choices.pop(i, None) is not None]
-        if alive:
-            self._send(Abort(alive))
+        self._forget([choice for i in stream.sequence_ids if (choice := self._choices.get(i)) is not None])
 
-    def _send(self, message: Add | Abort | Start) -> None:
-        if self._writer is not None and not self._writer.is_closing():
-            self._writer.write(self._codec.encode(message))
+    def _forget(self, choices: list[_Choice], *, in_engine: bool = True) -> None:
+        """These choices have ended. in_engine: whether the engine may still be at them."""
+        was_on_trial = self._suspects.on_trial
+        for choice in choices:
+            del self._choices[choice.choice_id]
+            self._suspects.remove(choice.choice_id)
+        self._take_out(choices, tell=in_engine)
+        if was_on_trial:
+            self._move()
+
+    def _take_out(self, choices: list[_Choice], *, tell: bool = True) -> None:
+        """What the engine still says of these is not heard. tell: have it stop."""
+        sequence_ids = [choice.sequence_id for choice in choices if choice.sequence_id is not None]
+        for choice in choices:
+            choice.sequence_id = None
+        for sequence_id in sequence_ids:
+            del self._by_sequence_id[sequence_id]
+        if tell and sequence_ids and self._process is not None:
+            self._process.send(Abort(sequence_ids))
+
+    def _move(self) -> None:
+        """Have in the engine whom it should hold now."""
+        if self._process is None:
+            return
+        moves = self._suspects.moves()
+        self._take_out([self._choices[choice_id] for choice_id in moves.withdraw])
+        for choice_id in moves.add:
+            choice = self._choices[choice_id]
+            choice.sequence_id = next(self._ids)
+            self._by_sequence_id[choice.sequence_id] = choice
+            self._process.send(choice.message(choice.sequence_id))
 
     async def _supervise(self) -> None:
-        """Keep an engine process alive until it cannot be loaded or dies too often."""
+        """Keep an engine process alive until it cannot be loaded or gets nothing done."""
         try:
             while True:
-                self._num_lives_unready += 1
-                await self._live()
-                if self._num_lives_unready >= MAX_DEATHS:
-                    raise ModelLoadError(f"the engine died {self._num_lives_unready} times while loading")
-                now = time.monotonic()
-                self._deaths.append(now)
-                recent = sum(1 for death in self._deaths if now - death < DEATH_WINDOW_SECONDS)
-                if recent >= MAX_DEATHS:
-                    raise ModelLoadError(f"the engine died {recent} times in {DEATH_WINDOW_SECONDS:.0f} seconds")
-                self.state = EngineState.RECOVERING if self.info else EngineState.LOADING
-                self.num_restarts += 1
-                logger.warning("the engine process died; starting it again", extra={"deaths": recent})
-                await asyncio.sleep(RESTART_DELAYS[min(recent - 1, len(RESTART_DELAYS) - 1)])
-        except ModelLoadError as error:
+                self._restarts.began()
+                killed = await self._live()
+                await asyncio.sleep(self._bury(killed=killed))
+        except Exception as error:
+            if not isinstance(error, ModelLoadError):
+                logger.exception("the supervisor of the engine failed")
             self.state = EngineState.FAILED
+            self.num_lost += len(self._choices)
             self._fail_all(UnavailableError("the engine is lost and could not be restarted"))
             if self._loaded is not None and not self._loaded.done():
                 self._loaded.set_exception(error)
             else:
                 logger.error("the engine is lost: %s", error)
-        except Exception as error:
-            logger.exception("the supervisor of the engine failed")
-            self.state = EngineState.FAILED
-            self._fail_all(UnavailableError("the engine is lost"))
-            if self._loaded is not None and not self._loaded.done():
-                self._loaded.set_exception(error)
 
-    async def _live(self) -> None:
-        """One life of the engine process: from its start to its end of file. Raises ModelLoadError."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        spawning = asyncio.ensure_future(asyncio.to_thread(_spawn, theirs))
-        # A thread cannot be cancelled: whatever becomes of this task, the socket is closed when it is done with it.
-        spawning.add_done_callback(lambda _: theirs.close())
+    async def _live(self) -> bool:
+        """One life of the engine process. Returns whether somebody else killed it. Raises ModelLoadError."""
         try:
-            process = await asyncio.shield(spawning)
-        except asyncio.CancelledError:
-            # The engine, if it still comes to life, sees end of file and ends.
-            ours.close()
-            raise
-        except OSError as error:
-            ours.close()
+            process = await EngineProcess.start(self._entry)
+        except (OSError, EOFError) as error:
             logger.error("an engine process could not be started: %s", error)
-            return
+            return False
         self._process = process
-        reader, self._writer = await asyncio.open_unix_connection(sock=ours)
+        said_why = False
+        watchdog = Watchdog(self._limits, time.monotonic())
+        watching = asyncio.create_task(self._watch(process, watchdog))
         try:
-            self._send(self._start_message)
-            frames = FrameDecoder()
-            while data := await reader.read(READ_BYTES):
-                for frame in frames.feed(data):
-                    self._receive(self._codec.decode(frame))
-        except (ProtocolError, ConnectionResetError) as error:
+            process.send(self._start_message)
+            while messages := await process.read():
+                self.last_heartbeat = time.monotonic()
+                watchdog.heard()
+                for message in messages:
+                    if isinstance(message, StepOutput):
+                        watchdog.progressed()
+                    if not self._receive(message):
+                        said_why = True
+                        return False
+        except ModelLoadError:
+            said_why = True
+            raise
+        except ProtocolError as error:
             logger.error("the channel to the engine broke: %s", error)
         finally:
-            self._writer.close()
-            self._writer = None
-            process.kill()
-            await asyncio.shield(asyncio.to_thread(process.join, STOP_SECONDS))
-        logger.warning("the engine process ended", extra={"exit_code": process.exitcode})
+            self._process = None
+            if self.state is EngineState.READY:
+                self.state = EngineState.RECOVERING
+            watching.cancel()
+            how = await asyncio.shield(process.end())
+            expected = said_why or self.state is EngineState.STOPPED
+            logger.log(logging.DEBUG if expected else logging.WARNING, "the engine process ended %s", how)
+        return process.was_killed
 
-    def _receive(self, message: FromEngine) -> None:
-        self.last_progress = time.monotonic()
+    async def _watch(self, process: EngineProcess, watchdog: Watchdog) -> None:
+        """End the process where it hangs: what follows is as after any other death."""
+        reason = None
+        while reason is None:
+            await asyncio.sleep(watchdog.interval)
+            loading = self.state is not EngineState.READY
+            has_work = self._suspects.num_in_engine > 0
+            reason = watchdog.look(time.monotonic(), loading=loading, has_work=has_work)
+        self.num_hung += 1
+        logger.error("the engine process hangs and is killed: %s", reason, extra={"pid": process.pid})
+        await process.kill_hung()
+
+    def _bury(self, *, killed: bool) -> float:
+        """Draw the conclusions from a death. Returns the seconds to wait. Raises ModelLoadError to give up."""
+        now = time.monotonic()
+        self.num_restarts += 1
+        interrupted = list(self._by_sequence_id.values())
+        self._take_out(interrupted)
+        for choice in interrupted:
+            if choice.interrupted_at is None:
+                choice.interrupted_at = now
+        conviction = self._suspects.died(killed=killed)
+        restart = self._restarts.died(now, explained=conviction is not None, killed=killed)
+        if conviction is not None:
+            self._convict([self._choices[choice_id] for choice_id in conviction.choice_ids], conviction.num_deaths)
+        if restart.given_up is not None:
+            raise ModelLoadError(restart.given_up)
+        logger.warning("starting the engine process again for %d choices in flight", len(self._choices))
+        return restart.delay
+
+    def _convict(self, choices: list[_Choice], num_deaths: int) -> None:
+        stream = choices[0].stream
+        self.num_convicted += 1
+        self.num_lost += len(choices)
+        logger.error(
+            "request %s ended the engine process %d times and is given up", stream.request.request_id, num_deaths
+        )
+        message = f"this request ended the engine process {num_deaths} times and was given up"
+        self._end(choices[0], GenerationError(message, code="internal_error"))
+
+    def _receive(self, message: FromEngine) -> bool:
+        """Whether to go on listening. Raises ModelLoadError."""
         match message:
             case StepOutput(outputs, stats):
+                self.last_progress = time.monotonic()
                 self.stats = stats
                 for output in outputs:
                     self._deliver(output)
+            case Heartbeat():
+                pass
             case LoadProgress():
                 self.load_progress = message
                 if self._on_progress is not None:
                     self._on_progress(message)
             case Ready():
-                self._check_same(message)
-                self.info = message
-                self.state = EngineState.READY
-                self._num_lives_unready = 0
-                config = msgspec.structs.replace(self._start_message.config, kv_cache_memory=message.kv_cache_memory)
-                self._start_message = msgspec.structs.replace(self._start_message, config=config)
-                for choice in self._choices.values():
-                    self._send(choice.message())
-                if self._loaded is not None and not self._loaded.done():
-                    self._loaded.set_result(None)
+                self._become_ready(message)
             case LoadFailed(text):
-                raise ModelLoadError(text)
+                if self.info is None:
+                    raise ModelLoadError(text)
+                # What could be loaded once may be loadable again: memory may be short for a moment.
+                logger.error("the engine could not be loaded again: %s", text)
+                return False
+        return True
+
+    def _become_ready(self, ready: Ready) -> None:
+        self._check_same(ready)
+        self.info = ready
+        self.state = EngineState.READY
+        self.last_progress = time.monotonic()
+        self._restarts.ready(self.last_progress)
+        self._suspects.ready()
+        config = msgspec.structs.replace(self._start_message.config, kv_cache_memory=ready.kv_cache_memory)
+        self._start_message = msgspec.structs.replace(self._start_message, config=config)
+        self._move()
+        if self._loaded is not None and not self._loaded.done():
+            self._loaded.set_result(None)
 
     def _check_same(self, ready: Ready) -> None:
-        """A stream must not go on with other weights. Raises ModelLoadError."""
-        if self.info is not None and self.info.weights_fingerprint != ready.weights_fingerprint:
+        """A stream must not go on with other weights, or other bits where they were promised. Raises ModelLoadError."""
+        if self.info is None:
+            return
+        if self.info.weights_fingerprint != ready.weights_fingerprint:
             raise ModelLoadError("the weights on disk are no longer those that were served")
+        if self.info.deterministic != ready.deterministic:
+            raise ModelLoadError(f"deterministic was {self.info.deterministic} and is {ready.deterministic} now")
+        if ready.deterministic and self.info.numerics_fingerprint != ready.numerics_fingerprint:
+            raise ModelLoadError("the engine computes other bits than before it died")
 
     def _deliver(self, output: SequenceOutput) -> None:
-        choice = self._choices.get(output.sequence_id)
-        if choice is None:
+        choice = self._by_sequence_id.get(output.sequence_id)
+        if choice is None or is_duplicate(output, choice.processor.output_token_ids):
+            # An aborted sequence's last words are as expected.
+            self.num_dropped += output.finish_reason is not FinishReason.ABORT
             return
         try:
             delta = choice.processor.push(output)
         except GenerationError as error:
-            self._end(choice, error)
+            self._fail(choice, error)
             return
         except Exception:
             logger.exception("a choice's tokens could not be made into text")
-            self._end(choice, GenerationError("the tokens could not be made into text", code="internal_error"))
+            self._fail(choice, GenerationError("the tokens could not be made into text", code="internal_error"))
             return
+        if output.token_ids or choice.processor.finished:
+            self._note_progress(choice, len(output.token_ids))
+        if choice.processor.finished:
+            self._forget([choice], in_engine=output.finish_reason is None)
         if delta is not None:
             choice.stream.put(delta)
-        if choice.processor.finished:
-            del self._choices[choice.sequence_id]
-            if output.finish_reason is None:
-                self._send(Abort([choice.sequence_id]))
+
+    def _note_progress(self, choice: _Choice, num_tokens: int) -> None:
+        self._restarts.delivered()
+        if choice.interrupted_at is not None:
+            self.num_recovered += 1
+            self.last_recovery_seconds = time.monotonic() - choice.interrupted_at
+            choice.interrupted_at = None
+        if self._suspects.delivered(choice.choice_id, num_tokens):
+            self._move()
+
+    def _fail(self, choice: _Choice, error: GenerationError) -> None:
+        self.num_failed[error.code] += 1
+        self._end(choice, error)
 
     def _end(self, choice: _Choice, error: Exception) -> None:
         """One choice failed: its request cannot be completed, so its siblings are not needed either."""
@@ -269,25 +365,7 @@ class AsyncEngine:
         choice.stream.fail(error)
 
     def _fail_all(self, error: Exception) -> None:
-        choices, self._choices = self._choices, {}
-        for choice in choices.values():
+        choices = list(self._choices.values())
+        self._forget(choices)
+        for choice in choices:
             choice.stream.fail(error)
-
-
-def start_fork_server() -> None:
-    """Start the fork server unless it runs. Returns at once: it imports in its own time."""
-    # Read when OpenMP loads, in the fork server: threads that wait by spinning starve the event loop, and each
-    # other, on a machine whose cores are all in use.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    _context.set_forkserver_preload(["reprise.engine.preload"])
-    forkserver.ensure_running()
-
-
-def _spawn(sock: socket.socket) -> ForkServerProcess:
-    """A child of the fork server with one end of the socket pair. Blocks while the fork server imports."""
-    from reprise.generation.engine_entry import run
-
-    start_fork_server()
-    process = _context.Process(target=run, args=(sock, os.getpid()), name="reprise-engine", daemon=True)
-    process.start()
-    return process

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Protocol
 
+from reprise.generation.request_stream import RequestStream
 from reprise.ipc.messages import EngineStats, LoadProgress, Ready
-from reprise.types import ChoiceDelta, GenerationRequest
+from reprise.types import GenerationRequest
 
 
 class EngineState(StrEnum):
@@ -17,21 +19,6 @@ class EngineState(StrEnum):
     RECOVERING = "recovering"
     FAILED = "failed"
     STOPPED = "stopped"
-
-
-class GenerationStream(Protocol):
-    """An async iterator over the deltas of all choices of one request.
-
-    Ends after the last choice's delta with a finish reason. Raises GenerationError or UnavailableError where
-    the generation cannot be completed.
-    """
-
-    def __aiter__(self) -> GenerationStream: ...
-
-    async def __anext__(self) -> ChoiceDelta: ...
-
-    def close(self) -> None:
-        """Abort what still runs. Idempotent, and never awaits: it is safe in a cancelled task."""
 
 
 class Engine(Protocol):
@@ -52,12 +39,45 @@ class Engine(Protocol):
 
     @property
     def last_progress(self) -> float:
-        """`time.monotonic()` of the last sign that the engine finished a step or idled in good health."""
+        """`time.monotonic()` of the last finished step, or of the last sign of an engine that has nothing to do."""
 
     @property
-    def num_restarts(self) -> int: ...
+    def last_heartbeat(self) -> float:
+        """`time.monotonic()` of the last sign of life of the process, in the middle of a step as well."""
 
-    def submit(self, request: GenerationRequest) -> GenerationStream:
+    @property
+    def num_restarts(self) -> int:
+        """Deaths of the engine process, hung ones included."""
+
+    @property
+    def num_hung(self) -> int:
+        """Engine processes that were killed because they hung."""
+
+    @property
+    def num_recovered(self) -> int:
+        """Choices that went on after a death of the engine."""
+
+    @property
+    def num_lost(self) -> int:
+        """Choices that ended with an error because of the engine's death."""
+
+    @property
+    def num_convicted(self) -> int:
+        """Requests that were given up because the engine died of them."""
+
+    @property
+    def num_dropped(self) -> int:
+        """Outputs of the engine that were for nobody, or that had come before."""
+
+    @property
+    def num_failed(self) -> Mapping[str, int]:
+        """Choices that failed in the engine while it lived on, by the code of their error."""
+
+    @property
+    def last_recovery_seconds(self) -> float:
+        """From a death of the engine to the next token of a choice, of the choice that went on last."""
+
+    def submit(self, request: GenerationRequest) -> RequestStream:
         """Enqueue a request at once. Raises UnavailableError where there is no engine to take it."""
 
     async def start(self) -> None:
