@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from reprise.replay.bundle import Bundle, Failure, Generation
+from reprise.replay.report import Report, make_report, render
+from support.bundles import REQUEST, bundle, choice
+from support.scripted_engine import READY
+
+BROKEN = Failure(code="numerical_error", message="broken")
+
+
+def spell(token_id: int) -> bytes:
+    return f"<{token_id}>".encode()
+
+
+def report(of: Bundle, *, found_error: Failure | None = None, system_fingerprint: str = "fp_1", **facts: Any) -> Report:
+    found = [Generation(request=REQUEST, choices=[choice(10, 11, 12), choice(20, 21, 22)])]
+    info = msgspec.structs.replace(READY, **facts)
+    return make_report(of, found, found_error, info=info, system_fingerprint=system_fingerprint, spell=spell)
+
+
+def test_nothing_differs() -> None:
+    found = report(bundle())
+    assert (found.identical, found.same_fingerprint, found.changes) == (True, True, [])
+    assert [each.index for each in found.choices] == [0, 1]
+    assert render(found).splitlines() == [
+        "cmpl-1: identical",
+        "  choice 0: identical: 3 tokens",
+        "  choice 1: identical: 3 tokens",
+    ]
+
+
+def test_other_circumstances_are_told_though_nothing_differs() -> None:
+    found = report(
+        bundle(), system_fingerprint="fp_2", numerics_fingerprint="0", dtype="bfloat16", tier_reason="x", load_seconds=9
+    )
+    assert (found.identical, found.same_fingerprint) == (True, False)
+    assert [(change.name, change.expected, change.found) for change in found.changes] == [
+        ("dtype", "float32", "bfloat16"),
+        ("numerics_fingerprint", "feedbeef", "0"),
+    ]
+    assert render(found).splitlines()[1:3] == [
+        "  here dtype is 'bfloat16', in the bundle 'float32'",
+        "  here numerics_fingerprint is '0', in the bundle 'feedbeef'",
+    ]
+
+
+def test_a_difference_is_shown_in_its_place() -> None:
+    other = Generation(request=REQUEST, choices=[choice(10, 11, 12), choice(20, 99, 22)])
+    text = render(report(bundle(generations=[other])))
+    assert text.splitlines() == [
+        "cmpl-1: DIFFERENT",
+        "  choice 0: identical: 3 tokens",
+        "  choice 1: identical up to token 1",
+        "    first difference in token 1",
+        "      after    '<5><6><7><20>'",
+        "      expected 99 '<99>'  log-probability -19.900000000000002",
+        "      found    21 '<21>'  log-probability -4.3",
+    ]
+
+
+def test_an_errors_code_is_expected_again() -> None:
+    failed = bundle(outcome="failed", error=BROKEN)
+    assert report(failed, found_error=BROKEN).identical
+    assert not report(failed).identical
+    assert not report(bundle(), found_error=BROKEN).identical
+    assert render(report(failed)).endswith("error: expected numerical_error (broken), found none")
+
+
+def test_circumstances_that_cut_a_response_off_are_not() -> None:
+    error = Failure(code="request_timeout", message="late")
+    assert report(bundle(outcome="aborted", error=error)).identical
+
+
+def test_nothing_of_a_bundle_is_a_terminals_command() -> None:
+    error = Failure(code="\x1b]0;x\x07", message="a\x9b2J\nb\u202e \N{SNOWMAN}")
+    text = render(report(bundle(id="cmpl-\x1b[2J", outcome="failed", error=error)))
+    assert all(line.isprintable() for line in text.split("\n"))
+    assert "cmpl-\\x1b[2J: DIFFERENT" in text
+    assert "a\\x9b2J\\nb\\u202e \N{SNOWMAN}" in text
