@@ -20,6 +20,7 @@ from reprise.settings import (
     choices,
     environment_name,
     flag_name,
+    is_switch,
     kind,
     parse_size,
     startup_notices,
@@ -65,14 +66,14 @@ def test_every_setting_can_come_from_every_source(name: str, tmp_path: Path) -> 
     text = {
         "model": "m", "revision": "main", "served_model_name": "one", "chat_template": str(existing),
         "api_key_file": str(existing), "host": "::1", "cors_origins": "https://example.org",
-        "allowed_hosts": "example.org",
+        "allowed_hosts": "example.org", "bundle_dir": "bundles",
         "kv_cache_memory": "3MiB", "max_body_size": "3MiB", "gpu_memory_utilization": "0.5",
         "max_num_seqs": "65",
     }.get(name)  # fmt: skip
     field = Settings.model_fields[name]
     if text is None:
         opposite = str(not field.default).lower()
-        text = opposite if field.annotation is bool else (choices(field) or ("2047",))[-1]
+        text = opposite if is_switch(field) else (choices(field) or ("2047",))[-1]
     file = tmp_path / "settings.yaml"
     file.write_text(f"{name}: {text if ':' not in text else repr(text)}\n")
     from_sources = [

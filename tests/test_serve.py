@@ -11,7 +11,8 @@ import pytest
 from reprise import serve as serve_module
 from reprise.errors import ModelLoadError
 from reprise.exit_code import ExitCode
-from reprise.generation.interface import EngineState, GenerationStream
+from reprise.generation.interface import EngineState
+from reprise.generation.request_stream import RequestStream
 from reprise.ipc.messages import EngineStats, LoadProgress, Ready
 from reprise.serve import serve_with_engine
 from reprise.types import GenerationRequest
@@ -29,7 +30,15 @@ class FakeEngine:
         self.stats = EngineStats()
         self.load_progress: LoadProgress | None = None
         self.last_progress = 0.0
+        self.last_heartbeat = self.last_progress
         self.num_restarts = 0
+        self.num_hung = 0
+        self.num_recovered = 0
+        self.num_lost = 0
+        self.num_convicted = 0
+        self.num_dropped = 0
+        self.num_failed: dict[str, int] = {}
+        self.last_recovery_seconds = 0.0
         self.may_load = asyncio.Event()
         self.num_stops = 0
         self._error = error
@@ -43,7 +52,7 @@ class FakeEngine:
     async def stop(self) -> None:
         self.num_stops += 1
 
-    def submit(self, request: GenerationRequest) -> GenerationStream:
+    def submit(self, request: GenerationRequest) -> RequestStream:
         raise NotImplementedError
 
 
@@ -128,6 +137,7 @@ def test_loading_that_takes_too_long_is_given_up() -> None:
 
 def test_a_lost_engine_ends_with_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve_module, "WATCH_INTERVAL", 0.001)
+    monkeypatch.setattr(serve_module, "LAST_WORDS", 0.001)
 
     def scenario(engine: FakeEngine, _: FakeHttp, is_ready: Callable[[], bool]) -> None:
         engine.may_load.set()

@@ -40,7 +40,16 @@ def test_summary_says_what_is_served_where_and_how_to_try_it() -> None:
     settings = Settings(model="some/model")
     lines = summary(settings, READY, has_chat_template=True).splitlines()
     assert lines[0].endswith("serves some/model at http://127.0.0.1:8000")
-    assert [line.split()[0] for line in lines[1:]] == ["model", "tier", "memory", "context", "loaded", "try"]
+    assert [line.split()[0] for line in lines[1:]] == [
+        "model",
+        "tier",
+        "kernels",
+        "repeats",
+        "memory",
+        "context",
+        "loaded",
+        "try",
+    ]
     text = "\n".join(lines)
     for fact in (
         "LlamaForCausalLM, 134.52 M parameters, bfloat16 on cuda (NVIDIA H100)",

@@ -13,29 +13,33 @@ import click
 
 from reprise import __version__
 from reprise.config import ResolvedSettings, resolve_settings
-from reprise.errors import ConfigError
+from reprise.errors import BundleError, ConfigError
 from reprise.exit_code import ExitCode
-from reprise.settings import Settings, environment_name, kind
+from reprise.ipc.messages import EngineConfig
+from reprise.printable import printable
+from reprise.replay.bundle import Bundle, read_bundle
+from reprise.settings import Settings, environment_name, is_switch, kind
 
 
 class SettingOption(click.Option):
     """The flag of one setting. Values stay text: the settings judge them, all at once."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, of_server: bool = True) -> None:
+        """of_server: the help names the variable and the default, which hold for a server."""
         field = Settings.model_fields[name]
         dashed = name.replace("_", "-")
-        is_switch = field.annotation is bool
+        switch = is_switch(field)
         default = field.get_default(call_default_factory=True)
         notes = [f"env: {environment_name(name)}"]
         if default is not None and default != []:
             notes.append(f"default: {_spelt(default)}")
         super().__init__(
-            [f"--{dashed}/--no-{dashed}" if is_switch else f"--{dashed}", name],
-            type=bool if is_switch else str,
+            [f"--{dashed}/--no-{dashed}" if switch else f"--{dashed}", name],
+            type=bool if switch else str,
             default=None,
             multiple=isinstance(default, list),
-            metavar=None if is_switch else kind(field).metavar,
-            help=f"{field.description}  [{'; '.join(notes)}]",
+            metavar=None if switch else kind(field).metavar,
+            help=f"{field.description}  [{'; '.join(notes)}]" if of_server else field.description,
         )
         extra = field.json_schema_extra
         self.group = str(extra["group"]) if isinstance(extra, dict) else ""
@@ -75,6 +79,15 @@ class SettingsCommand(click.Command):
         for group, records in groups.items():
             with formatter.section(group):
                 formatter.write_dl(records, col_max=36)
+
+
+class ReplayCommand(SettingsCommand):
+    """A command that takes the settings of a bundle, the model among them."""
+
+    def __init__(self, **attributes: Any) -> None:
+        names = [name for name in Settings.model_fields if name in EngineConfig.__struct_fields__]
+        settings = [SettingOption(name, of_server=False) for name in names]
+        super(SettingsCommand, self).__init__(params=[*attributes.pop("params", []), *settings], **attributes)
 
 
 def _spelt(value: object) -> str:
@@ -126,12 +139,55 @@ def config_command(config: Path | None, **flags: Any) -> None:
         click.echo(f"{name}: {json.dumps(value, ensure_ascii=False)}  # {resolved.sources.get(name, 'default')}")
 
 
+@cli.command(cls=ReplayCommand, name="replay", short_help="Run bundles again and show the first difference.")
+@click.argument("bundles", metavar="BUNDLE...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--times", metavar="N", type=click.IntRange(1), default=1, help="Run each N times, until one differs.")
+@click.option(
+    "--company", metavar="K", type=click.IntRange(0, 4096), default=0, help="Run K random requests beside it."
+)
+@click.option("--no-cache", is_flag=True, help="Reuse nothing, at no step.")
+@click.option("--ignore-fingerprint", is_flag=True, help="Go on with other weights than the bundle's.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, a line a bundle.")
+def replay_command(
+    *,
+    bundles: tuple[Path, ...],
+    times: int,
+    company: int,
+    no_cache: bool,
+    ignore_fingerprint: bool,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Run the responses of BUNDLE files again, compare them bit by bit, and show the first difference.
+
+    `reprise serve --bundle-dir` writes the files. What no flag sets is as in the bundle: the model, the device, the
+    number format and the other settings.
+
+    Exit codes: 0 identical; 1 something differs; 2 a bundle or a flag is unusable; 3 the model is not loadable, or
+    not the bundle's.
+    """
+    read = [(path, read_bundle(path)) for path in bundles]
+    given = {name: value for name, value in flags.items() if value is not None}
+    work = [(path, bundle, _settings_of(bundle, given)) for path, bundle in read]
+    from reprise.replay_command import Circumstances, run
+
+    circumstances = Circumstances(times, not no_cache, company, ignore_fingerprint)
+    sys.exit(run(work, circumstances, as_json=as_json))
+
+
+def _settings_of(bundle: Bundle, flags: dict[str, Any]) -> Settings:
+    """Those of the server that wrote the bundle, but for what flags set. Raises ConfigError."""
+    recorded = {name: getattr(bundle.settings, name) for name in bundle.settings.__struct_fields__}
+    known = {name: value for name, value in recorded.items() if value is not None}
+    return resolve_settings(known | flags, {}, None).settings
+
+
 def main() -> None:
     """Entry point of the command."""
     try:
         cli()
-    except ConfigError as error:
-        click.echo(f"reprise: {error}", err=True)
+    except (ConfigError, BundleError) as error:
+        click.echo(printable(f"reprise: {error}"), err=True)
         sys.exit(ExitCode.CONFIG)
 
 

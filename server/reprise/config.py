@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from reprise.errors import ConfigError
-from reprise.settings import BUNDLED_MODEL, Settings, environment_name, flag_name, kind
+from reprise.settings import BUNDLED_MODEL, Settings, environment_name, flag_name, is_switch, kind
 
 __all__ = ["ResolvedSettings", "Settings", "load_settings", "resolve_settings"]
 
@@ -183,7 +183,9 @@ def _check_bundled_name(given: Mapping[str, Sourced], problems: list[str]) -> No
 
 def _validated(values: Mapping[str, Any], given: Mapping[str, Sourced], problems: list[str]) -> Settings | None:
     """The settings; None with problems added where a value is wrong."""
-    mistyped = [name for name, value in values.items() if isinstance(value, bool) and not _is_switch(name)]
+    mistyped = [
+        name for name, value in values.items() if isinstance(value, bool) and not is_switch(Settings.model_fields[name])
+    ]
     problems.extend(_wrong(name, values[name], given) for name in mistyped)
     try:
         return Settings.model_validate({name: values[name] for name in values if name not in mistyped})
@@ -196,10 +198,6 @@ def _validated(values: Mapping[str, Any], given: Mapping[str, Sourced], problems
             else:
                 problems.append(_wrong(str(details["loc"][0]), details["input"], given))
     return None
-
-
-def _is_switch(name: str) -> bool:
-    return Settings.model_fields[name].annotation is bool
 
 
 def _wrong(name: str, value: object, given: Mapping[str, Sourced]) -> str:

@@ -8,6 +8,7 @@ RepriseError
  ├── UnavailableError        no engine: loading, draining, restarting or lost
  ├── GenerationError         one sequence failed in the engine
  ├── ConfigError             a setting is wrong (exit 2)
+ ├── BundleError             a file that is no bundle, or one that cannot be run again here (exit 2)
  └── ModelLoadError          weights or tokenizer cannot be served (exit 3)
 """
 
@@ -71,6 +72,10 @@ class GenerationError(RepriseError):
 
 class ConfigError(RepriseError):
     """Settings that cannot be used; the message lists every problem with its source."""
+
+
+class BundleError(RepriseError):
+    """A bundle that cannot be read, or not be run again; the message names the file or field and what is wrong."""
 
 
 class ModelLoadError(RepriseError):

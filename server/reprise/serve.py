@@ -14,10 +14,14 @@ from reprise.api.app import create_app
 from reprise.api.server import bind, serve
 from reprise.errors import ModelLoadError
 from reprise.exit_code import ExitCode
-from reprise.generation.async_engine import AsyncEngine, start_fork_server
+from reprise.generation.async_engine import AsyncEngine
+from reprise.generation.engine_entry import run as run_engine
+from reprise.generation.engine_process import EngineEntry, start_fork_server
 from reprise.generation.interface import Engine, EngineState
+from reprise.generation.supervision import HangLimits
 from reprise.hub import comes_from_hub, endpoint, find_on_hub, go_offline_if_unreachable
 from reprise.logs import logging_to, take_over
+from reprise.replay.store import prepare_directory
 from reprise.settings import Settings, in_container, startup_notices
 from reprise.startup import LoadingDisplay, announce
 from reprise.text.tokenizer import Tokenizer
@@ -27,24 +31,28 @@ logger = logging.getLogger(__name__)
 
 WATCH_INTERVAL = 0.5
 """Seconds between two looks at whether the engine is lost."""
+LAST_WORDS = 1.0
+"""Seconds for the streams of a lost engine to tell their clients."""
 
 
-def run(settings: Settings, *, chat_template: str | None = None) -> int:
+def run(settings: Settings, *, chat_template: str | None = None, engine_entry: EngineEntry = run_engine) -> int:
     """Serve until a signal, or until there is nothing left to serve with. Returns the exit code.
 
-    chat_template: the text of a template that replaces the model's own.
-    Raises ConfigError where the address cannot be listened on: before anything is loaded, and from then on
-    connections wait instead of being refused.
+    chat_template: the text of a template that replaces the model's own. engine_entry: what the engine process runs.
+    Raises ConfigError where bundles cannot be written or the address cannot be listened on: before anything is
+    loaded, and from then on connections wait instead of being refused.
     """
     with logging_to(level=settings.log_level, log_format=settings.log_format):
         for notice in startup_notices(settings, in_container=in_container()):
             logger.log(notice.level, notice.text)
+        if settings.bundle_dir is not None:
+            prepare_directory(settings.bundle_dir)
         listeners = bind(settings)
         try:
             with LoadingDisplay() as display:
                 display.show_stage("tokenizer")
                 tokenizer = load_tokenizer(settings.model_path, settings.revision, chat_template)
-                return uvloop.run(_serve(settings, listeners, tokenizer, display))
+                return uvloop.run(_serve(settings, listeners, tokenizer, display, engine_entry))
         except ModelLoadError as error:
             logger.error("cannot serve %s: %s", settings.model, error)
             return ExitCode.MODEL
@@ -68,9 +76,16 @@ def load_tokenizer(model: str, revision: str | None, chat_template: str | None) 
 
 
 async def _serve(
-    settings: Settings, listeners: list[socket.socket], tokenizer: Tokenizer, display: LoadingDisplay
+    settings: Settings,
+    listeners: list[socket.socket],
+    tokenizer: Tokenizer,
+    display: LoadingDisplay,
+    engine_entry: EngineEntry,
 ) -> int:
-    engine = AsyncEngine(settings.engine_config(), tokenizer, on_progress=display.show)
+    limits = HangLimits(settings.heartbeat_timeout, settings.step_timeout, settings.load_timeout)
+    engine = AsyncEngine(
+        settings.engine_config(), tokenizer, on_progress=display.show, limits=limits, entry=engine_entry
+    )
     app = create_app(settings, tokenizer, engine)
 
     def on_ready() -> None:
@@ -122,4 +137,5 @@ async def _load_and_watch(
     on_ready()
     while engine.state is not EngineState.FAILED:  # noqa: ASYNC110 # the state is an attribute, no event
         await asyncio.sleep(WATCH_INTERVAL)
+    await asyncio.sleep(LAST_WORDS)
     return ExitCode.ENGINE_LOST

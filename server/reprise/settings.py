@@ -75,7 +75,9 @@ OptionalText = Annotated[
 ]
 Secret = Annotated[SecretStr, Field(min_length=1)]
 File = Annotated[Path | None, Kind("FILE", "the path of a file")]
+Directory = Annotated[Path | None, Kind("DIRECTORY", "the path of a directory")]
 Switch = Annotated[bool, Kind("", "true or false")]
+OptionalSwitch = Annotated[bool | None, Kind("", "true or false")]
 
 
 def _setting(default: Any, group: str, description: str) -> Any:
@@ -109,12 +111,21 @@ class Settings(BaseModel):
     tier: Literal["auto", "paged", "padded"] = _setting(
         "auto", "Model", "How the model is run; auto is paged where the check at load proves it equal."
     )
+    kernels: Literal["auto", "native", "torch"] = _setting(
+        "auto", "Model", "What computes on a CPU; auto is the native decoder where it equals the model."
+    )
     max_model_len: OptionalCount = _setting(
         None, "Model", "Tokens of a request at most, prompt and output; at most the model's own context."
     )
     chat_template: File = _setting(None, "Model", "Jinja chat template that replaces the model's own.")
     generation_defaults: Literal["model", "openai"] = _setting(
         "model", "Model", "Whose sampling defaults hold: the model's generation_config.json, or OpenAI's."
+    )
+    deterministic: OptionalSwitch = _setting(
+        None,
+        "Model",
+        "Whether answers have the same bits whatever else is computed; by default where it is cheap, on the paged"
+        " tier. If asked for, a model or device that cannot is refused at start.",
     )
     load_timeout: Seconds = _setting(1800.0, "Model", "Loading that takes longer is given up.")
 
@@ -134,6 +145,14 @@ class Settings(BaseModel):
     )
     num_threads: OptionalCount = _setting(
         None, "Engine", "CPU threads of the engine; by default one a core that the process may use."
+    )
+    heartbeat_timeout: Seconds = _setting(
+        10.0,
+        "Engine",
+        "Silence of the engine process after which it counts as hung and is replaced; while loading six times as long.",
+    )
+    step_timeout: Seconds = _setting(
+        300.0, "Engine", "Time for one step of the engine; one that takes longer counts as hung and is replaced."
     )
 
     host: Text = _setting("127.0.0.1", "HTTP", "Address to listen on; 0.0.0.0 or :: for all.")
@@ -174,12 +193,29 @@ class Settings(BaseModel):
     keep_alive_interval: SecondsOrZero = _setting(
         15.0, "Limits", "Silence after which a stream gets a comment line that keeps it alive; 0 is never."
     )
+    max_retain_seconds: SecondsOrZero = _setting(
+        300.0, "Limits", "Time that a request may ask to be kept after its connection is lost, at most."
+    )
+    idempotency_seconds: SecondsOrZero = _setting(
+        120.0,
+        "Limits",
+        "Time that a request with an Idempotency-Key is kept after its end, and goes on after its client left.",
+    )
+    max_retained_tokens: CountOrZero = _setting(
+        1_000_000, "Limits", "Tokens of all requests that are kept while nobody reads them at most."
+    )
     drain_timeout: SecondsOrZero = _setting(30.0, "Limits", "Time that running requests get to finish after SIGTERM.")
 
     log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "Logging", "Least level to log.")
     log_format: Literal["auto", "text", "json"] = _setting(
         "auto", "Logging", "Text lines or JSON lines; auto is text on a terminal, JSON elsewhere."
     )
+    bundle_dir: Directory = _setting(
+        None,
+        "Logging",
+        "Directory to write a bundle of every response to, for `reprise replay`. It has the prompt and the answer.",
+    )
+    max_bundles: Count = _setting(1000, "Logging", "Bundles to keep in it; the oldest are removed.")
 
     @model_validator(mode="after")
     def _agree(self) -> Settings:
@@ -273,6 +309,11 @@ def environment_name(setting: str) -> str:
 def choices(field: FieldInfo) -> tuple[str, ...]:
     """The words of a setting that takes one of few."""
     return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+
+
+def is_switch(field: FieldInfo) -> bool:
+    """Whether a setting is true or false, or unset."""
+    return field.annotation in (bool, bool | None)
 
 
 def kind(field: FieldInfo) -> Kind:

@@ -90,6 +90,8 @@ def summary(settings: Settings, info: Ready, *, has_chat_template: bool) -> str:
     lines = {
         "model": f"{info.architecture}, {_count(info.num_parameters)} parameters, {info.dtype} on {device}",
         "tier": f"{info.tier}: {info.tier_reason}",
+        "kernels": info.kernels,
+        "repeats": f"{'yes' if info.deterministic else 'no'}: {info.deterministic_reason}",
         "memory": f"{info.num_kv_tokens:,} KV tokens, {info.max_num_seqs} sequences at once",
         "context": f"{info.max_sequence_tokens:,} tokens of prompt and output",
         "loaded": f"in {info.load_seconds:.1f} s",

@@ -183,7 +183,7 @@ def head_of(num_prompts: int, num_choices: int) -> ResponseHead:
         created=1,
         model="m",
         system_fingerprint="fp",
-        extension=RepriseExtension(7, []),
+        extension=RepriseExtension(7, [], deterministic=True),
         num_prompt_tokens=(4,) * num_prompts,
         num_choices=num_choices,
     )
@@ -206,7 +206,7 @@ def test_a_chat_response_is_what_a_client_makes_of_its_stream(
     _, num_choices, deltas = run
     wanted = request(logprobs=logprobs, return_token_ids=token_ids)
     chunks = ChatChunks(head_of(1, num_choices), wanted, include_usage=True)
-    made = [chunk for delta in deltas for chunk in chunks.push(delta)] + chunks.end()
+    made = [placed.chunk for delta in deltas for placed in chunks.push(delta)] + [chunks.end()[0].chunk]
     whole, stream = as_json(folded(ChatFold(), made)), [as_json(chunk) for chunk in made]
 
     content: dict[int, str] = {}
@@ -251,7 +251,7 @@ def test_a_completion_is_what_a_client_makes_of_its_stream(
     chunks = CompletionChunks(
         head_of(num_prompts, num_choices), wanted, made_for, Vocabulary([b"a"] * 10, [], exact=True), include_usage=True
     )
-    made = [chunk for delta in deltas for chunk in chunks.push(delta)] + chunks.end()
+    made = [placed.chunk for delta in deltas for placed in chunks.push(delta)] + [chunks.end()[0].chunk]
     whole, stream = as_json(folded(CompletionFold(), made)), [as_json(chunk) for chunk in made]
     assert [choice["index"] for choice in whole["choices"]] == list(range(num_prompts * num_choices))
     for choice in whole["choices"]:

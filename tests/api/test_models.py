@@ -15,7 +15,16 @@ async def test_list(server: Loopback) -> None:
     assert [model["id"] for model in body["data"]] == ["test/model", "alias"]
     model = body["data"][0]
     assert (model["object"], model["owned_by"]) == ("model", "reprise")
-    for name in ("tier", "tier_reason", "dtype", "device", "max_model_len", "architecture", "num_parameters"):
+    for name in (
+        "tier",
+        "tier_reason",
+        "dtype",
+        "device",
+        "max_model_len",
+        "architecture",
+        "num_parameters",
+        "deterministic",
+    ):
         assert model[name] == getattr(READY, name)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from reprise.api.operations import STALE_SECONDS, readiness
+from reprise.api.operations import SILENT_SECONDS, STALE_SECONDS, readiness
 from reprise.generation.interface import EngineState
 from reprise.ipc.messages import EngineStats, LoadProgress
 from support.loopback import Loopback, Start
@@ -41,11 +41,21 @@ async def test_only_an_engine_that_is_ready_is_ready(engine: ScriptedEngine, sta
 
 async def test_readiness_needs_progress(engine: ScriptedEngine) -> None:
     now = engine.last_progress
+    engine.last_heartbeat = now + STALE_SECONDS
     assert readiness(engine, draining=False, now=now + STALE_SECONDS).status == "ready"
+    engine.last_heartbeat = now + STALE_SECONDS + 60
     stalled = readiness(engine, draining=False, now=now + STALE_SECONDS + 60)
     assert stalled.status == "stalled"
-    assert "90 seconds" in stalled.reason
+    assert "no step for 90 seconds" in stalled.reason
     assert readiness(engine, draining=True, now=now).status == "draining"
+
+
+async def test_readiness_needs_a_sign_of_life(engine: ScriptedEngine) -> None:
+    now = engine.last_heartbeat = engine.last_progress
+    assert readiness(engine, draining=False, now=now + SILENT_SECONDS).status == "ready"
+    stalled = readiness(engine, draining=False, now=now + SILENT_SECONDS + 1)
+    assert stalled.status == "stalled"
+    assert "no sign of life for 6 seconds" in stalled.reason
 
 
 @pytest.mark.parametrize(
@@ -77,7 +87,7 @@ async def test_probes_may_use_head(server: Loopback) -> None:
 async def test_the_document_describes_every_body(server: Loopback) -> None:
     document = (await server.get("/openapi.json")).json()
     schemas = document["components"]["schemas"]
-    for path in ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"):
+    for path in ("/v1/chat/completions", "/v1/completions", "/v1/replay", "/tokenize", "/detokenize"):
         content = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
         name = content["schema"]["$ref"].rpartition("/")[2]
         assert "properties" in schemas[name]
@@ -109,8 +119,12 @@ async def test_metrics(server: Loopback, engine: ScriptedEngine) -> None:
         num_prompt_tokens=100,
         num_cached_tokens=60,
         num_generated_tokens=50,
+        num_memory_shortages=7,
     )
-    engine.num_restarts = 1
+    engine.num_restarts, engine.num_hung = 3, 1
+    engine.num_recovered, engine.num_lost, engine.num_convicted, engine.num_dropped = 12, 2, 1, 5
+    engine.num_failed = {"numerical_error": 2, "capacity": 1}
+    engine.last_recovery_seconds = 0.25
     await server.post("/v1/completions", {"prompt": "a", "max_tokens": 4})
     await server.stream("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]})
     await server.get("/v1/models/unknown")
@@ -134,7 +148,18 @@ async def test_metrics(server: Loopback, engine: ScriptedEngine) -> None:
     assert single["reprise_prompt_tokens_total"] == 100
     assert single["reprise_cached_prompt_tokens_total"] == 60
     assert single["reprise_generation_tokens_total"] == 50
-    assert single["reprise_engine_restarts_total"] == 1
+    assert single["reprise_engine_restarts_total"] == 3
+    assert single["reprise_engine_hangs_total"] == 1
+    assert single["reprise_choices_recovered_total"] == 12
+    assert single["reprise_choices_lost_total"] == 2
+    assert single["reprise_requests_convicted_total"] == 1
+    assert single["reprise_outputs_dropped_total"] == 5
+    assert single["reprise_last_recovery_seconds"] == 0.25
+    assert single["reprise_memory_shortages_total"] == 7
+    assert found["reprise_choices_failed_total"] == {
+        (("code", "numerical_error"),): 2,
+        (("code", "capacity"),): 1,
+    }
     assert single["reprise_admission_rejections_total"] == 0
     assert single["reprise_time_to_first_token_seconds_count"] == 2
     assert single["reprise_e2e_request_latency_seconds_count"] == 2

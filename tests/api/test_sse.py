@@ -19,7 +19,7 @@ from reprise.protocol.responses import (
     ErrorResponse,
     Readiness,
 )
-from support.loopback import events
+from support.loopback import events, events_with_ids
 
 CHUNK = ChatCompletionChunk(
     id="c",
@@ -52,6 +52,13 @@ def test_encode_and_back(message: msgspec.Struct, data: str) -> None:
     assert encoded == f"data: {data}\n\n".encode()
     assert encoded.count(b"\n") == 2
     assert events(encoded.decode()) == [json.loads(data)]
+
+
+def test_an_id_comes_after_the_data() -> None:
+    """Who reads line by line and has seen the id has seen the data."""
+    encoded = sse.encode(Readiness("ready", "yes"), event_id=b"1.x.3")
+    assert encoded == b'data: {"status":"ready","reason":"yes"}\nid: 1.x.3\n\n'
+    assert events_with_ids(encoded.decode()) == [({"status": "ready", "reason": "yes"}, "1.x.3")]
 
 
 def test_the_end() -> None:

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks import floors, load, rows, shapes, steps, use_cache
+from benchmarks import floors, layers, load, rows, shapes, steps, use_cache
 from benchmarks.load import Load, summarise
 from benchmarks.report import percentile, table
 from benchmarks.streaming import StreamTimes, stream_completion
 from reprise.engine import attention
 
+FIXED_ATTENTION = attention.attend
 ROOT = Path(__file__).parents[2]
 
 
@@ -27,7 +28,9 @@ def result_of(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], dict[str, 
     return lines, result
 
 
-@pytest.mark.parametrize("name", ["load", "use_cache", "floors", "shapes", "rows", "steps"])
+@pytest.mark.parametrize(
+    "name", ["load", "use_cache", "floors", "shapes", "rows", "steps", "peers", "convert_gguf", "layers"]
+)
 def test_help(name: str) -> None:
     finished = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", "--help"],
@@ -178,6 +181,18 @@ def test_a_shape_has_the_parameters_of_its_model_and_spells_every_id(tmp_path: P
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
+@pytest.mark.parametrize(("shape", "num_parameters"), [("smollm2-135m", 134_515_008), ("qwen3-0.6b", 596_049_920)])
+def test_shapes_of_known_models_have_their_parameters(shape: str, num_parameters: int) -> None:
+    import torch
+
+    with torch.device("meta"):
+        model = shapes.empty_model(shape)
+    parameters = dict(model.named_parameters())
+    assert sum(parameter.numel() for parameter in parameters.values()) == num_parameters
+    matrices = [parameter for name, parameter in parameters.items() if ".layers." in name and parameter.dim() == 2]
+    assert sum(parameter.numel() for parameter in matrices) == shapes.layer_matrix_parameters(shape)
+
+
 def test_table_and_percentiles() -> None:
     assert table([["name", "n"], ["a", "10"]]) == "name   n\na     10"
     assert percentile([3.0, 1.0, 2.0], 0.5) == 2.0
@@ -191,10 +206,53 @@ def test_rows_finds_none_that_differ_among_what_the_engine_computes(capsys: pyte
     assert len(lines) == 1 + len(result["differing"])
 
 
-def test_steps_times_both_attentions_and_puts_the_engines_own_back(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--dtype", "float32", "--sequences", "2", "--new-tokens", "4", "--repeats", "1"]
-    assert steps.main(arguments) == 0
-    _, result = result_of(capsys)
-    (measured,) = result["results"]
-    assert measured["fixed_ms"] > 0 < measured["torch_ms"]
-    assert attention.attend is steps.FIXED
+def test_steps_times_both_modes_of_both_tiers(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", "tiny", "tiny-experts", "tiny-falcon", "--dtype", "float32"]
+    assert steps.main([*arguments, "--sequences", "2", "--new-tokens", "4", "--repeats", "1"]) == 0
+    lines, result = result_of(capsys)
+    assert [measured["tier"] for measured in result["results"]] == ["paged", "paged", "padded"]
+    for measured in result["results"]:
+        assert measured["on_tokens_per_second"] == pytest.approx(2000 / measured["on_ms"])
+        assert measured["off_tokens_per_second"] == pytest.approx(2000 / measured["off_ms"])
+    assert len(lines) == 4
+
+
+def layers_of(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> tuple[int, list[dict[str, Any]]]:
+    """The exit code, and the result of each way."""
+    code = layers.main(arguments)
+    printed = capsys.readouterr().out.splitlines()
+    return code, [json.loads(line) for line in printed if line.startswith("{")]
+
+
+@pytest.mark.parametrize("model", ["pocket", "tiny-experts"])
+def test_layers_finds_nothing_among_the_engines_ways(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = layers_of(capsys, ["--model", model, "--tokens", "140"])
+    assert code == 0
+    assert [result["way"] for result in found] == ["company", "chunks", "decode", "tokens"]
+    for result in found:
+        assert result["first_difference"] == "none"
+        assert len(result["differences"]) > 10
+        assert "lm_head" in result["differences"]
+
+
+def test_layers_names_the_module_after_torchs_attention(capsys: pytest.CaptureFixture[str]) -> None:
+    code, (found,) = layers_of(capsys, ["--attention", "torch", "--ways", "decode", "--tokens", "140"])
+    assert code == 1
+    assert ".self_attn." in found["first_difference"]
+    assert found["differences"]["model.layers.0.input_layernorm"] == 0.0
+    assert 0 < found["differences"][found["first_difference"]] < 1e-3
+    assert attention.attend is FIXED_ATTENTION
+
+
+def test_layers_names_the_first_product_where_steps_are_not_filled_up(capsys: pytest.CaptureFixture[str]) -> None:
+    code, (found,) = layers_of(capsys, ["--off", "--ways", "decode", "--tokens", "140"])
+    assert code == 1
+    assert found["first_difference"] == "model.layers.0.self_attn.q_proj"
+
+
+def test_layers_compares_the_padded_tier_as_well(capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = layers_of(capsys, ["--model", "falcon-50m", "--ways", "decode", "padded", "--tokens", "40"])
+    assert code == 1
+    assert [result["way"] for result in found] == ["decode", "padded"]
+    assert found[0]["first_difference"].startswith("transformer.h.0.")
+    assert found[0]["differences"].keys() == found[1]["differences"].keys()

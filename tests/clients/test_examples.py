@@ -13,7 +13,7 @@ import pytest
 
 CLIENTS = Path(__file__).parents[2] / "clients"
 PYTHON_EXAMPLES = sorted([*(CLIENTS / "python/examples").glob("*.py"), *(CLIENTS / "openai").glob("*.py")])
-CURL_EXAMPLES = ("chat", "stream", "completions")
+CURL_EXAMPLES = ("chat", "stream", "completions", "resume")
 
 
 def run(command: list[str], base_url: str, **environ: str) -> str:
@@ -48,9 +48,21 @@ class TestCurl:
         assert "Paris" in answer["choices"][0]["message"]["content"]
 
     def test_stream(self, live_base_url: str) -> None:
-        lines = [line for line in run([str(CLIENTS / "curl/stream")], live_base_url).splitlines() if line]
+        output = run([str(CLIENTS / "curl/stream")], live_base_url)
+        lines = [line for line in output.splitlines() if line.startswith("data: ")]
         assert lines[-1] == "data: [DONE]"
         assert json.loads(lines[-2].removeprefix("data: "))["usage"]["completion_tokens"] > 0
+
+    def test_resume(self, live_base_url: str) -> None:
+        """Two connections, one stream: each position comes once, and the last event is the end."""
+        lines = [line for line in run([str(CLIENTS / "curl/resume")], live_base_url).splitlines() if line]
+        ids = [line for line in lines if line.startswith("id: ")]
+        chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1] if line.startswith("data: ")]
+        assert lines[-1] == "data: [DONE]"
+        assert len(ids) == len(set(ids)) == len(chunks) > 5
+        assert len({chunk["id"] for chunk in chunks}) == 1
+        assert ["reprise" in chunk for chunk in chunks] == [True] + [False] * (len(chunks) - 1)
+        assert [bool(chunk["choices"][0]["finish_reason"]) for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
 
     def test_completions(self, live_base_url: str) -> None:
         answer = json.loads(run([str(CLIENTS / "curl/completions")], live_base_url))

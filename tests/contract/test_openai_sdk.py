@@ -107,7 +107,7 @@ def test_chat_stream(client: OpenAI) -> None:
 
 def test_chat_chunks_are_of_the_clients_type(client: OpenAI) -> None:
     with client.chat.completions.with_streaming_response.create(
-        model=MODEL, messages=MESSAGES, max_tokens=12, n=2, logprobs=True, stream=True,
+        model=MODEL, messages=MESSAGES, max_tokens=12, seed=7, n=2, logprobs=True, stream=True,
         stream_options={"include_usage": True},
     ) as response:  # fmt: skip
         assert response.headers["content-type"].startswith("text/event-stream")

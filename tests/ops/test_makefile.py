@@ -21,7 +21,7 @@ def checkout(tmp_path: Path) -> Path:
     """A checkout whose `scripts/setup` and `reprise` only write down how they were called."""
     (tmp_path / "scripts").mkdir()
     (tmp_path / ".venv/bin").mkdir(parents=True)
-    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "hatch_build.py"):
         shutil.copy(ROOT / name, tmp_path / name)
     for name in (
         "scripts/setup",
@@ -100,6 +100,21 @@ def test_lint_checks_style_format_and_types(checkout: Path) -> None:
         ".venv/bin/ruff format --check",
         ".venv/bin/mypy ",
     ]
+
+
+def test_bench_measures_the_machine_the_server_and_its_peers(checkout: Path) -> None:
+    assert make(checkout, "bench", "ARGS=--quick") == [
+        "scripts/setup test",
+        ".venv/bin/python -m benchmarks.floors",
+        ".venv/bin/python -m benchmarks.use_cache",
+        ".venv/bin/python -m benchmarks.load",
+        ".venv/bin/python -m benchmarks.peers --quick",
+    ]
+
+
+def test_peers_are_compared_alone(checkout: Path) -> None:
+    calls = make(checkout, "peers", "ARGS=--quick --peers runs/peers")
+    assert calls == ["scripts/setup test", ".venv/bin/python -m benchmarks.peers --quick --peers runs/peers"]
 
 
 def test_clean_removes_the_environment(checkout: Path) -> None:

@@ -31,11 +31,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.xdist_group(name))
 
 
-def save_long_context(directory: Path, architecture: str) -> Path:
+def save_long_context(directory: Path, architecture: str, width: int | None = None) -> Path:
     """A tiny model with a context of CONTEXT tokens."""
     from support.servable import save_servable
 
-    save_servable(directory, architecture)
+    save_servable(directory, architecture, width=width)
     path = directory / "config.json"
     config = json.loads(path.read_text())
     if "max_position_embeddings" in config:
@@ -47,6 +47,12 @@ def save_long_context(directory: Path, architecture: str) -> Path:
 @pytest.fixture(scope="session")
 def llama_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_long_context(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@pytest.fixture(scope="session")
+def wide_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wide enough for the kernels of real models: with 32 columns every product is summed in one order."""
+    return save_long_context(tmp_path_factory.mktemp("wide"), "llama", width=320)
 
 
 @pytest.fixture(scope="session")

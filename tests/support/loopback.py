@@ -79,15 +79,22 @@ def check_response(path: str, response: httpx.Response) -> None:
 
 
 def events(text: str) -> list[Any]:
-    """The data of server-sent events; anything but bare `data:` lines and comments is an error."""
-    found = []
+    """The data of server-sent events; anything but one `data:` line each, an `id:` and comments is an error."""
+    return [data for data, _ in events_with_ids(text)]
+
+
+def events_with_ids(text: str) -> list[tuple[Any, str | None]]:
+    """As `events`, each with its id."""
+    found: list[tuple[Any, str | None]] = []
     for block in text.split("\n\n")[:-1]:
         if block.startswith(":"):
             continue
-        assert block.startswith("data: "), block
-        assert "\n" not in block, block
-        data = block.removeprefix("data: ")
-        found.append(data if data == "[DONE]" else json.loads(data))
+        line, *further = block.split("\n")
+        assert line.startswith("data: "), block
+        assert [other[:4] for other in further] in ([], ["id: "]), block
+        data = line.removeprefix("data: ")
+        parsed = data if data == "[DONE]" else json.loads(data)
+        found.append((parsed, further[0].removeprefix("id: ") if further else None))
     return found
 
 

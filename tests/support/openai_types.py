@@ -18,10 +18,13 @@ EXTENSIONS = {
     "max_model_len",
     "tier",
     "tier_reason",
+    "kernels",
     "architecture",
     "num_parameters",
     "dtype",
     "device",
+    "deterministic",
+    "deterministic_reason",
 }
 """Fields that this server adds on purpose."""
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from reprise import __version__
-from reprise.api import generation_routes, models, operations, tokens
+from reprise.api import generation_routes, models, operations, replay, tokens
 from reprise.api.allowed_hosts import AllowHosts, hosts_allowed
 from reprise.api.auth import PUBLIC_PATHS, RequireKey
 from reprise.api.errors import error_response
@@ -24,13 +24,20 @@ from reprise.protocol.requests import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
+    ReplayRequest,
     TokenizeRequest,
 )
 from reprise.settings import Settings
 from reprise.text.tokenizer import Tokenizer
 
 _SCHEMA_REFERENCE = "#/components/schemas/{model}"
-EXPOSED_HEADERS = ["x-request-id", "openai-processing-ms", "x-reprise-seed", "x-reprise-ignored-parameters"]
+EXPOSED_HEADERS = [
+    "x-request-id",
+    "openai-processing-ms",
+    "x-reprise-seed",
+    "x-reprise-ignored-parameters",
+    "idempotent-replayed",
+]
 
 
 def create_app(settings: Settings, tokenizer: Tokenizer, engine: Engine) -> FastAPI:
@@ -65,6 +72,7 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
     for path, endpoint, body in (
         ("/v1/chat/completions", generation_routes.create_chat_completion, ChatCompletionRequest),
         ("/v1/completions", generation_routes.create_completion, CompletionRequest),
+        ("/v1/replay", replay.replay, ReplayRequest),
         ("/tokenize", tokens.tokenize, TokenizeRequest),
         ("/detokenize", tokens.detokenize, DetokenizeRequest),
     ):
@@ -108,7 +116,7 @@ def _describe_bodies(app: FastAPI) -> None:
     def openapi() -> dict[str, Any]:
         document = generate()
         schemas = document.setdefault("components", {}).setdefault("schemas", {})
-        for model in (ChatCompletionRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest):
+        for model in (ChatCompletionRequest, CompletionRequest, ReplayRequest, TokenizeRequest, DetokenizeRequest):
             schema = model.model_json_schema(ref_template=_SCHEMA_REFERENCE)
             schemas |= schema.pop("$defs", {}) | {model.__name__: schema}
         return document

@@ -35,11 +35,21 @@ class RequireKey:
         await self._app(scope, receive, send)
 
     def _has_key(self, scope: Scope) -> bool:
-        given = [value for name, value in scope["headers"] if name == b"authorization"]
-        scheme, _, key = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
-        digest = _digest(key.strip())
+        scheme, digest = _given_key(scope)
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         return scheme.lower() == b"bearer" and any(matches)
+
+
+def key_digest(scope: Scope) -> bytes:
+    """A digest of a request's key. Only for one that was let in by its key."""
+    return _given_key(scope)[1]
+
+
+def _given_key(scope: Scope) -> tuple[bytes, bytes]:
+    """The scheme, and the key's digest."""
+    given = [value for name, value in scope["headers"] if name == b"authorization"]
+    scheme, _, key = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
+    return scheme, _digest(key.strip())
 
 
 def _digest(key: bytes) -> bytes:

@@ -31,19 +31,19 @@ class ChatChunks(ResponseChunks[ChatChunkChoice, ChatCompletionChunk]):
         self._logprobs = bool(request.logprobs)
         self._token_ids = bool(request.return_token_ids)
 
-    def _choices(self, delta: ChoiceDelta, *, first: bool) -> list[ChatChunkChoice]:
+    def _opening(self, delta: ChoiceDelta) -> ChatChunkChoice:
+        empty = ChatLogprobs([]) if self._logprobs else None
+        return ChatChunkChoice(delta.index, ChatDelta("assistant", ""), empty)
+
+    def _generated(self, delta: ChoiceDelta) -> list[ChatChunkChoice]:
         choices = []
-        if first:
-            empty = ChatLogprobs([]) if self._logprobs else None
-            choices.append(ChatChunkChoice(delta.index, ChatDelta("assistant", ""), empty))
         ids = delta.token_ids if self._token_ids and delta.token_ids else UNSET
-        if delta.text or delta.logprobs or (ids and delta.finish_reason is None):
+        if delta.text or delta.logprobs or ids:
             logprobs = ChatLogprobs([_position(entry) for entry in delta.logprobs]) if delta.logprobs else None
             choices.append(ChatChunkChoice(delta.index, ChatDelta(content=delta.text), logprobs, token_ids=ids))
-            ids = UNSET
         if delta.finish_reason is not None:
-            reason, stopped = delta.finish_reason, delta.stop_reason
-            choices.append(ChatChunkChoice(delta.index, ChatDelta(), None, reason, stopped, ids))
+            # By itself: whether tokens are in it may not depend on what the delta was merged from.
+            choices.append(ChatChunkChoice(delta.index, ChatDelta(), None, delta.finish_reason, delta.stop_reason))
         return choices
 
 

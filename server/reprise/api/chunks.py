@@ -4,20 +4,41 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from msgspec import UNSET, UnsetType
 
+from reprise.api.event_ids import Phase, Position
 from reprise.api.head import ResponseHead, UsageCount
-from reprise.protocol.responses import RepriseExtension, Usage
+from reprise.protocol.responses import Finished, RepriseExtension, Usage
 from reprise.types import ChoiceDelta
 
-Choice = TypeVar("Choice")
+
+class AnyChoice(Protocol):
+    """What is read of a chunk's choice."""
+
+    @property
+    def finish_reason(self) -> Finished | None: ...
+
+
+Choice = TypeVar("Choice", bound=AnyChoice)
 Chunk = TypeVar("Chunk")
+Chunk_co = TypeVar("Chunk_co", covariant=True)
+
+
+class Placed(NamedTuple, Generic[Chunk_co]):
+    """A chunk, and where the choice of that index stands after it. The usage has neither."""
+
+    chunk: Chunk_co
+    choice_index: int | None
+    position: Position | None
 
 
 class ResponseChunks(ABC, Generic[Choice, Chunk]):
-    """Deltas of a response to its chunks, one choice each: pushed one by one, then `end`."""
+    """Deltas of a response to its chunks, one choice each: pushed one by one, then `end`.
+
+    However the deltas were merged, the chunks up to a position have the same texts, tokens and log-probabilities.
+    """
 
     def __init__(self, head: ResponseHead, make_chunk: Callable[..., Chunk], *, include_usage: bool) -> None:
         """make_chunk: takes a chunk's members by their names."""
@@ -25,24 +46,42 @@ class ResponseChunks(ABC, Generic[Choice, Chunk]):
         self._make_chunk = make_chunk
         self._usage_on_chunks = None if include_usage else UNSET
         self._count = UsageCount(head)
-        self._begun: set[int] = set()
+        self._num_tokens: dict[int, int] = {}
         self._extension: RepriseExtension | UnsetType = head.extension
 
-    def push(self, delta: ChoiceDelta) -> list[Chunk]:
-        self._count.add(delta)
-        first = delta.index not in self._begun
-        self._begun.add(delta.index)
-        return [self._chunk([choice]) for choice in self._choices(delta, first=first)]
+    def omit_extension(self) -> None:
+        """The client has the extension already: it was in the first chunk, of whatever choice that was."""
+        self._extension = UNSET
 
-    def end(self) -> list[Chunk]:
+    def push(self, delta: ChoiceDelta) -> list[Placed[Chunk]]:
+        self._count.add(delta)
+        index, placed = delta.index, []
+        num_tokens = self._num_tokens.get(index)
+        if num_tokens is None:
+            num_tokens = 0
+            opening = self._opening(delta)
+            if opening is not None:
+                placed.append(Placed(self._chunk([opening]), index, Position(0, Phase.BEGUN)))
+        self._num_tokens[index] = num_tokens = num_tokens + len(delta.token_ids)
+        text_phase = Phase.BEGUN if delta.finish_reason is None else Phase.LAST_TEXT
+        for choice in self._generated(delta):
+            phase = text_phase if choice.finish_reason is None else Phase.FINISHED
+            placed.append(Placed(self._chunk([choice]), index, Position(num_tokens, phase)))
+        return placed
+
+    def end(self) -> list[Placed[Chunk]]:
         """The chunk with the sums, where they were asked for."""
         if self._usage_on_chunks is UNSET:
             return []
-        return [self._chunk([], self._count.usage())]
+        return [Placed(self._chunk([], self._count.usage()), None, None)]
 
     @abstractmethod
-    def _choices(self, delta: ChoiceDelta, *, first: bool) -> Sequence[Choice]:
-        """What is new of a choice. first: whether this is its first delta."""
+    def _opening(self, delta: ChoiceDelta) -> Choice | None:
+        """What comes before anything of a choice that is generated. delta: the choice's first."""
+
+    @abstractmethod
+    def _generated(self, delta: ChoiceDelta) -> Sequence[Choice]:
+        """What is new of a choice; its finish reason in the last one."""
 
     def _chunk(self, choices: list[Choice], usage: Usage | None = None) -> Chunk:
         extension, self._extension = self._extension, UNSET

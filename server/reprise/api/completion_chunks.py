@@ -45,17 +45,11 @@ class CompletionChunks(ResponseChunks[CompletionChoice, Completion]):
         self._logprobs = request.logprobs is not None
         self._writers: dict[int, LegacyLogprobsWriter] = {}
 
-    def _choices(self, delta: ChoiceDelta, *, first: bool) -> list[CompletionChoice]:
-        choices = []
-        if first and self._echoes is not None:
-            choices.append(self._echo(delta))
-        if delta.text or delta.logprobs or delta.finish_reason is not None or (delta.token_ids and self._token_ids):
-            choices.append(self._generated(delta))
-        return choices
-
-    def _echo(self, delta: ChoiceDelta) -> CompletionChoice:
+    def _opening(self, delta: ChoiceDelta) -> CompletionChoice | None:
+        if self._echoes is None:
+            return None
         prompt_index = delta.index // self._num_choices
-        text = self._echoes[prompt_index] if self._echoes is not None else ""
+        text = self._echoes[prompt_index]
         logprobs = None
         if self._logprobs:
             prompt_ids = self._generations[prompt_index].prompt_token_ids
@@ -63,7 +57,11 @@ class CompletionChunks(ResponseChunks[CompletionChoice, Completion]):
             logprobs = self._writer(delta.index).prompt(text, prompt_ids, entries)
         return CompletionChoice(delta.index, text, logprobs)
 
-    def _generated(self, delta: ChoiceDelta) -> CompletionChoice:
+    def _generated(self, delta: ChoiceDelta) -> list[CompletionChoice]:
+        if not (
+            delta.text or delta.logprobs or delta.finish_reason is not None or (delta.token_ids and self._token_ids)
+        ):
+            return []
         logprobs: LegacyLogprobs | None = None
         if self._logprobs:
             logprobs = self._writer(delta.index).generated(delta.logprobs or [])
@@ -73,7 +71,7 @@ class CompletionChunks(ResponseChunks[CompletionChoice, Completion]):
             choice.stop_reason = delta.stop_reason
         if self._token_ids:
             choice.token_ids = delta.token_ids
-        return choice
+        return [choice]
 
     def _writer(self, index: int) -> LegacyLogprobsWriter:
         return self._writers.setdefault(index, LegacyLogprobsWriter(self._vocabulary))

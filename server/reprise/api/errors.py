@@ -10,7 +10,7 @@ GenerationError         500     server_error           the error's own word     
   "capacity"            503                                                         yes
   "request_timeout"     504                                                         no
   "no_admissible_token" 400     invalid_request_error: the request's masks contradict each other
-HttpError               its own: 401, 404, 405, 408, 413, 415, 421, 431
+HttpError               its own: 401, 404, 405, 408, 409, 413, 415, 421, 422, 431
 anything else           500     server_error           internal_error               yes
 """
 
@@ -46,11 +46,20 @@ _GENERATION_STATUS = {"capacity": 503, "request_timeout": 504}
 class HttpError(RepriseError):
     """A refusal that only HTTP knows: a status, and a word for it."""
 
-    def __init__(self, status: int, message: str, *, code: str, headers: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.code = code
+        self.param = param
         self.headers = headers or {}
 
 
@@ -89,7 +98,9 @@ def to_reply(error: Exception, *, request_id: str) -> ErrorReply:
             return ErrorReply(status, failed, {"x-should-retry": "true" if status == 503 else "false"})
         case HttpError():
             kind = INVALID_REQUEST if error.status < 500 else SERVER_ERROR
-            return ErrorReply(error.status, Error(_sentence(error.message), kind, None, error.code), error.headers)
+            return ErrorReply(
+                error.status, Error(_sentence(error.message), kind, error.param, error.code), error.headers
+            )
         case HTTPException():
             return to_reply(_from_framework(error), request_id=request_id)
         case _:

@@ -56,6 +56,14 @@ class Metrics:
         """A stopwatch for one request, started now."""
         return GenerationTimes(self._first_token, self._inter_token, self._end_to_end)
 
+    def count(self, name: str, documentation: str, read: Callable[[], int]) -> None:
+        """A counter whose value is kept elsewhere: `read` is called when it is asked for."""
+        self._registry.register(_Reading(_counter, name, documentation, read))
+
+    def gauge(self, name: str, documentation: str, read: Callable[[], int]) -> None:
+        """As `count`, of a value that also falls."""
+        self._registry.register(_Reading(_gauge, name, documentation, read))
+
     def render(self) -> bytes:
         """In Prometheus' text format."""
         return generate_latest(self._registry)
@@ -86,6 +94,22 @@ class GenerationTimes:
         self._end_to_end.observe(time.perf_counter() - self._began)
 
 
+class _Reading:
+    def __init__(
+        self, make: Callable[[str, str, float], Metric], name: str, documentation: str, read: Callable[[], int]
+    ) -> None:
+        self._make = make
+        self._name = name
+        self._documentation = documentation
+        self._read = read
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        yield self._make(self._name, self._documentation, self._read())
+
+
 class _EngineCollector:
     def __init__(self, engine: Engine, num_rejections: Callable[[], int]) -> None:
         self._engine = engine
@@ -109,7 +133,26 @@ class _EngineCollector:
         yield _counter("engine_steps", "Steps of the engine.", stats.num_steps)
         yield _counter("engine_step_seconds", "Time spent in steps.", stats.step_seconds)
         yield _counter("num_preemptions", "Sequences that gave up their place.", stats.num_preemptions)
+        yield _counter("memory_shortages", "Forwards that ran out of memory.", stats.num_memory_shortages)
         yield _counter("engine_restarts", "Deaths of the engine process.", self._engine.num_restarts)
+        yield _counter("engine_hangs", "Engine processes killed because they hung.", self._engine.num_hung)
+        yield _counter("choices_recovered", "Choices that went on after a death.", self._engine.num_recovered)
+        yield _counter("choices_lost", "Choices that a death of the engine ended.", self._engine.num_lost)
+        yield _counter("requests_convicted", "Requests that the engine died of.", self._engine.num_convicted)
+        yield _counter("outputs_dropped", "Outputs that were for nobody, or came twice.", self._engine.num_dropped)
+        yield _gauge(
+            "last_recovery_seconds",
+            "From a death of the engine to the next token of a choice, of the latest that went on.",
+            self._engine.last_recovery_seconds,
+        )
+        failed = CounterMetricFamily(
+            "reprise_choices_failed",
+            "Choices that failed in a living engine, by error code.",
+            labels=["code"],
+        )
+        for code, count in self._engine.num_failed.items():
+            failed.add_metric([code], count)
+        yield failed
         yield _counter("admission_rejections", "Requests refused as too many.", self._num_rejections())
         states = GaugeMetricFamily("reprise_engine_state", "1 for the state the engine is in.", labels=["state"])
         for state in EngineState:

@@ -21,10 +21,13 @@ def describe(service: Service, name: str) -> Model:
         max_model_len=info.max_model_len,
         tier=info.tier,
         tier_reason=info.tier_reason,
+        kernels=info.kernels,
         architecture=info.architecture,
         num_parameters=info.num_parameters,
         dtype=info.dtype,
         device=info.device,
+        deterministic=info.deterministic,
+        deterministic_reason=info.deterministic_reason,
     )
 
 

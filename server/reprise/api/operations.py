@@ -17,6 +17,8 @@ from reprise.protocol.responses import Readiness
 
 STALE_SECONDS = 30.0
 """An engine that shows no progress for so long is not ready, whatever it says of itself."""
+SILENT_SECONDS = 5.0
+"""Nor is one whose process shows no sign of life for so long."""
 
 
 class Version(msgspec.Struct, frozen=True):
@@ -31,12 +33,15 @@ def readiness(engine: Engine, *, draining: bool, now: float) -> Readiness:
     """Whether a request sent now would be answered, and why not. now: of `time.monotonic()`."""
     if draining:
         return Readiness("draining", "The server is shutting down: running requests finish, new ones are refused.")
-    silent = now - engine.last_progress
+    stale = now - engine.last_progress
+    silent = now - engine.last_heartbeat
     match engine.state:
-        case EngineState.READY if silent <= STALE_SECONDS:
-            return Readiness("ready", "The engine makes progress.")
+        case EngineState.READY if silent > SILENT_SECONDS:
+            return Readiness("stalled", f"The engine process has shown no sign of life for {silent:.0f} seconds.")
+        case EngineState.READY if stale > STALE_SECONDS:
+            return Readiness("stalled", f"The engine has finished no step for {stale:.0f} seconds.")
         case EngineState.READY:
-            return Readiness("stalled", f"The engine has shown no progress for {silent:.0f} seconds.")
+            return Readiness("ready", "The engine makes progress.")
         case EngineState.LOADING:
             progress = engine.load_progress
             return Readiness(

@@ -114,14 +114,14 @@ class Server:
 
     async def _stop_when_asked(self) -> None:
         await self._asked.wait()
-        running = self._service.running
-        self._service.draining = True
+        running = self._service.generations.read_now
+        self._service.begin_drain()
         logger.info("shutting down: %s", count_requests(len(running), "running"))
         await self._drain()
         self._num_cut = len(running)
         if running:
             logger.warning("shutting down: %s", count_requests(len(running), "cut off"))
-            self._service.fail_running(UnavailableError(SHUTTING_DOWN))
+            self._service.generations.fail_read(UnavailableError(SHUTTING_DOWN))
         self._uvicorn.should_exit = True
         await self._insisted.wait()
         while True:
@@ -130,7 +130,7 @@ class Server:
 
     async def _drain(self) -> None:
         """Wait until nothing runs, the time is up, or somebody insists."""
-        waits = [asyncio.create_task(event.wait()) for event in (self._service.idle, self._insisted)]
+        waits = [asyncio.create_task(event.wait()) for event in (self._service.generations.idle, self._insisted)]
         await asyncio.wait(waits, timeout=self._drain_timeout, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()

@@ -15,12 +15,14 @@ from reprise import __version__
 from reprise.api.admission import Admission
 from reprise.api.errors import HttpError
 from reprise.api.metrics import Metrics
-from reprise.api.running import RunningRequest
+from reprise.api.recording import recorder
+from reprise.api.retention import Generations
 from reprise.api.sampling import Served
 from reprise.api.text_threads import TextThreads
 from reprise.errors import ModelNotFoundError, UnavailableError
 from reprise.generation.interface import Engine, EngineState
 from reprise.ipc.messages import Ready
+from reprise.replay.store import BundleStore
 from reprise.settings import Settings
 from reprise.text.tokenizer import Tokenizer
 
@@ -28,6 +30,8 @@ NUM_TEXT_THREADS = 2
 NUM_TOKEN_THREADS = 1
 MAX_TOKEN_REQUESTS = 16
 """Requests of /tokenize and /detokenize that are in the server at once."""
+MAX_BUNDLE_LOADS = 2
+"""Bundles that are read and decoded at once, for replay."""
 SHUTTING_DOWN = "The server is shutting down."
 
 
@@ -41,11 +45,21 @@ class Service:
         self.created = int(time.time())
         self._longest_token = _longest_token(tokenizer)
         self.admission = Admission(max_num_seqs=settings.max_num_seqs, max_waiting_seqs=settings.max_waiting_seqs)
+        self.generations = Generations(max_entries=settings.max_retained_tokens, timeout=settings.request_timeout)
         self.metrics = Metrics(engine, num_rejections=lambda: self.admission.num_rejections)
-        self.running: set[RunningRequest] = set()
-        self.idle = asyncio.Event()
-        """Set while nothing runs."""
-        self.idle.set()
+        self.bundles: BundleStore | None = None
+        """Where responses are recorded, if they are."""
+        if settings.bundle_dir is not None:
+            self.bundles = store = BundleStore(settings.bundle_dir, max_bundles=settings.max_bundles)
+            self.generations.on_begin.append(recorder(store, settings, engine))
+            self.metrics.count("bundles_written", "Bundles written.", lambda: store.num_written)
+            self.metrics.count("bundles_failed", "Bundles that could not be written.", lambda: store.num_failed)
+        self.bundle_loads = asyncio.Semaphore(MAX_BUNDLE_LOADS)
+        generations, metrics = self.generations, self.metrics
+        metrics.gauge("kept_generations", "Generations that nobody reads.", lambda: generations.num_kept)
+        metrics.count("attached_streams", "Streams resumed from what is held.", lambda: generations.num_attached)
+        metrics.count("recomputed_streams", "Streams resumed by computing again.", lambda: generations.num_recomputed)
+        metrics.count("joined_requests", "Requests that repeated an Idempotency-Key.", lambda: generations.num_joined)
         self.draining = False
         self.text_threads = TextThreads(NUM_TEXT_THREADS)
         """For generation, which `admission` bounds."""
@@ -89,24 +103,16 @@ class Service:
         template = self.tokenizer.chat_template_source
         return system_fingerprint(info, chat_template=template, defaults=served.defaults)
 
-    def add_running(self, running: RunningRequest) -> None:
-        self.running.add(running)
-        self.idle.clear()
-
-    def remove_running(self, running: RunningRequest) -> None:
-        running.close()
-        self.running.discard(running)
-        if not self.running:
-            self.idle.set()
-
-    def fail_running(self, error: Exception) -> None:
-        """End everything that runs with an error."""
-        for running in list(self.running):
-            running.fail(error)
+    def begin_drain(self) -> None:
+        """Take no new work, and keep nothing that nobody waits for."""
+        self.draining = True
+        self.generations.drain()
 
     def close(self) -> None:
         self.text_threads.close()
         self.token_threads.close()
+        if self.bundles is not None:
+            self.bundles.close()
 
 
 def _longest_token(tokenizer: Tokenizer) -> int | None:
@@ -129,6 +135,8 @@ def system_fingerprint(info: Ready, *, chat_template: str | None, defaults: Mapp
         info.dtype,
         info.max_model_len,
         info.max_sequence_tokens,
+        info.deterministic,
+        info.numerics_fingerprint,
         chat_template,
         dict(defaults),
     ]

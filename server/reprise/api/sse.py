@@ -27,9 +27,14 @@ _SEND_TIMEOUT_MARGIN = 5.0
 _encoder = msgspec.json.Encoder()
 
 
-def encode(message: msgspec.Struct | ErrorResponse) -> bytes:
-    """One event with a JSON object. JSON escapes line breaks, so there is one `data:` line."""
-    return b"data: " + _encoder.encode(message) + b"\n\n"
+def encode(message: msgspec.Struct | ErrorResponse, *, event_id: bytes | None = None) -> bytes:
+    """One event with a JSON object. JSON escapes line breaks, so there is one `data:` line.
+
+    The id comes last: who has read it has read the data, even if he looks at lines and not at events.
+    """
+    if event_id is None:
+        return b"data: " + _encoder.encode(message) + b"\n\n"
+    return b"data: " + _encoder.encode(message) + b"\nid: " + event_id + b"\n\n"
 
 
 class EventStream(EventSourceResponse):

@@ -27,6 +27,8 @@ from reprise.protocol.fields import (
 )
 
 MAX_CHOICES = 128
+MAX_RETAIN_SECONDS = 86400
+"""Whatever the server's setting allows."""
 MAX_MEMBERS = 128
 """Members of an object with known ones only, above any request's; beyond it not all unknown ones are told."""
 _MAX_TOLD = 6
@@ -113,6 +115,11 @@ class GenerationParameters(Request):
     skip_special_tokens: Flag | None = None
     return_token_ids: Flag | None = None
     """Give each choice's generated ids as `token_ids`."""
+    retain_seconds: Annotated[float, Field(strict=True, ge=0, le=MAX_RETAIN_SECONDS, allow_inf_nan=False)] | None = None
+    """How long the generation goes on, or is kept, after its connection is lost; the server has a maximum.
+
+    Null and 0 cancel it at once. A stream can be resumed either way, this only saves computing it again.
+    """
 
 
 class ChatTemplateParameters(Request):

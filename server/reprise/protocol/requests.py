@@ -11,6 +11,7 @@ from reprise.protocol.fields import (
     Flag,
     Integral,
     JsonObject,
+    Name,
     Text,
     TokenIds,
     Unsupported,
@@ -116,3 +117,11 @@ class DetokenizeRequest(Request):
     tokens: TokenIds
     skip_special_tokens: Flag | None = None
     """Default false: what the ids spell."""
+
+
+class ReplayRequest(Request):
+    """`POST /v1/replay`: the id of a response that the server has a bundle of, or a bundle itself."""
+
+    id: Name | None = None
+    bundle: Annotated[dict[str, Any], Field(strict=True)] | None = None
+    """As the server wrote it."""

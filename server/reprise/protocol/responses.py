@@ -41,10 +41,15 @@ class Usage(Struct, frozen=True):
 
 
 class RepriseExtension(Struct, frozen=True):
-    """What this server says beyond OpenAI's API: the seed that was used, and fields that changed nothing."""
+    """What this server says beyond OpenAI's API: the seed that was used, and fields that changed nothing.
+
+    deterministic: whether the same request with this seed has this answer in every circumstance, for as long as the
+    system fingerprint is the same.
+    """
 
     seed: int
     ignored_parameters: list[str]
+    deterministic: bool
 
 
 class TokenLogprob(Struct, frozen=True):
@@ -172,10 +177,14 @@ class Model(Struct, frozen=True, kw_only=True):
     max_model_len: int | None = None
     tier: str | None = None
     tier_reason: str | None = None
+    kernels: str | None = None
     architecture: str | None = None
     num_parameters: int | None = None
     dtype: str | None = None
     device: str | None = None
+    deterministic: bool | None = None
+    """Whether bits are promised, as in each response, and why or why not."""
+    deterministic_reason: str | None = None
 
 
 class ModelList(Struct, frozen=True):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
 import httpx
 
 from reprise_client import wire
-from reprise_client.errors import ConnectionFailedError
+from reprise_client.errors import ClientError, ConnectionFailedError, StreamBrokenError
 from reprise_client.results import Chunk, Completion
 from reprise_client.wire import Message, Prompt
 
@@ -27,11 +28,18 @@ def connection_errors() -> Iterator[None]:
 
 
 class Stream:
-    """The chunks of an answer as they come. Closing it, or leaving its `with` block, stops the generation."""
+    """The chunks of an answer as they come. Closing it, or leaving its `with` block, stops the generation.
 
-    def __init__(self, response: httpx.Response) -> None:
-        self.request_id: str | None = response.headers.get("x-request-id")
-        self._response = response
+    Where the connection breaks, it is made again and the stream goes on where it was.
+    """
+
+    def __init__(self, open_stream: Callable[[Mapping[str, str]], httpx.Response], *, resumes: int) -> None:
+        """open_stream: sends the request with these headers too. resumes: attempts in a row that may fail."""
+        self._open = open_stream
+        self._response = open_stream({})
+        self.request_id: str | None = self._response.headers.get("x-request-id")
+        self._resumes = resumes
+        self._closed = False
         self._chunks = self._read()
 
     def __iter__(self) -> Iterator[Chunk]:
@@ -48,15 +56,35 @@ class Stream:
 
     def close(self) -> None:
         """Leave the stream: the server stops generating. Idempotent."""
+        self._closed = True
         self._response.close()
 
     def _read(self) -> Iterator[Chunk]:
         decoder = wire.StreamDecoder(self.request_id)
+        resumption = wire.Resumption(self._resumes, decoder)
+        broken = False
         try:
-            with connection_errors():
-                for line in self._response.iter_lines():
-                    yield from decoder.feed(line)
-            decoder.end()
+            while True:
+                try:
+                    if broken:
+                        self._response = self._open(resumption.headers())
+                        if self._closed:
+                            raise StreamBrokenError("the stream was closed", request_id=self.request_id)
+                        decoder.restart()
+                    with connection_errors():
+                        for line in self._response.iter_lines():
+                            yield from decoder.feed(line)
+                    decoder.end()
+                    return
+                except ClientError as error:
+                    delay = resumption.delay(error)
+                    if delay is None or self._closed:
+                        raise
+                    broken = True
+                    self._response.close()
+                    time.sleep(delay)
+                    if self._closed:
+                        raise
         finally:
             self.close()
 
@@ -66,7 +94,8 @@ class Client:
 
     `model` is the model that requests name; None takes the first one that the server lists. Parameters of the
     methods go into the request as they are: `temperature=0`, `seed=7`, `max_tokens=100`, `use_cache=False`, …
-    Raises APIError, ConnectionFailedError and StreamBrokenError; nothing is tried twice.
+    Raises APIError, ConnectionFailedError and StreamBrokenError. A stream whose connection breaks is resumed, at most
+    `resumes` times in a row without a new event (0 for never); nothing else is tried twice.
     """
 
     def __init__(
@@ -76,9 +105,11 @@ class Client:
         api_key: str | None = None,
         model: str | None = None,
         timeout: httpx.Timeout | float = DEFAULT_TIMEOUT,
+        resumes: int = wire.DEFAULT_RESUMES,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         self._model = model
+        self._resumes = resumes
         self._http = httpx.Client(
             base_url=wire.root_url(base_url),
             headers=wire.headers(api_key),
@@ -130,15 +161,19 @@ class Client:
         return wire.parse_completion(response.json(), response.headers.get("x-request-id"))
 
     def _stream(self, path: str, body: dict[str, Any]) -> Stream:
-        with connection_errors():
-            response = self._http.send(self._http.build_request("POST", path, json=body), stream=True)
-            if not response.is_success:
+        def open_stream(headers: Mapping[str, str]) -> httpx.Response:
+            request = self._http.build_request("POST", path, json=body, headers=headers)
+            with connection_errors():
+                response = self._http.send(request, stream=True)
+                if response.is_success:
+                    return response
                 try:
                     content = response.read()
                 finally:
                     response.close()
                 raise wire.parse_error(response.status_code, content, response.headers)
-        return Stream(response)
+
+        return Stream(open_stream, resumes=self._resumes)
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
         with connection_errors():

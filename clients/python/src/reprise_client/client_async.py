@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Self
 
 import httpx
 
 from reprise_client import wire
 from reprise_client.client import DEFAULT_TIMEOUT, connection_errors
+from reprise_client.errors import ClientError, StreamBrokenError
 from reprise_client.results import Chunk, Completion
 from reprise_client.wire import Message, Prompt
 
@@ -16,9 +18,19 @@ from reprise_client.wire import Message, Prompt
 class AsyncStream:
     """As `Stream`: closing it, or leaving its `async with` block, stops the generation."""
 
-    def __init__(self, response: httpx.Response) -> None:
+    def __init__(
+        self,
+        response: httpx.Response,
+        open_stream: Callable[[Mapping[str, str]], Awaitable[httpx.Response]],
+        *,
+        resumes: int,
+    ) -> None:
+        """response: the first one. open_stream: sends the request again, with these headers too."""
         self.request_id: str | None = response.headers.get("x-request-id")
+        self._open = open_stream
         self._response = response
+        self._resumes = resumes
+        self._closed = False
         self._chunks = self._read()
 
     def __aiter__(self) -> AsyncIterator[Chunk]:
@@ -35,16 +47,36 @@ class AsyncStream:
 
     async def close(self) -> None:
         """Leave the stream: the server stops generating. Idempotent."""
+        self._closed = True
         await self._response.aclose()
 
     async def _read(self) -> AsyncIterator[Chunk]:
         decoder = wire.StreamDecoder(self.request_id)
+        resumption = wire.Resumption(self._resumes, decoder)
+        broken = False
         try:
-            with connection_errors():
-                async for line in self._response.aiter_lines():
-                    for chunk in decoder.feed(line):
-                        yield chunk
-            decoder.end()
+            while True:
+                try:
+                    if broken:
+                        self._response = await self._open(resumption.headers())
+                        if self._closed:
+                            raise StreamBrokenError("the stream was closed", request_id=self.request_id)
+                        decoder.restart()
+                    with connection_errors():
+                        async for line in self._response.aiter_lines():
+                            for chunk in decoder.feed(line):
+                                yield chunk
+                    decoder.end()
+                    return
+                except ClientError as error:
+                    delay = resumption.delay(error)
+                    if delay is None or self._closed:
+                        raise
+                    broken = True
+                    await self._response.aclose()
+                    await asyncio.sleep(delay)
+                    if self._closed:
+                        raise
         finally:
             await self.close()
 
@@ -59,9 +91,11 @@ class AsyncClient:
         api_key: str | None = None,
         model: str | None = None,
         timeout: httpx.Timeout | float = DEFAULT_TIMEOUT,
+        resumes: int = wire.DEFAULT_RESUMES,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._model = model
+        self._resumes = resumes
         self._http = httpx.AsyncClient(
             base_url=wire.root_url(base_url),
             headers=wire.headers(api_key),
@@ -113,15 +147,19 @@ class AsyncClient:
         return wire.parse_completion(response.json(), response.headers.get("x-request-id"))
 
     async def _stream(self, path: str, body: dict[str, Any]) -> AsyncStream:
-        with connection_errors():
-            response = await self._http.send(self._http.build_request("POST", path, json=body), stream=True)
-            if not response.is_success:
+        async def open_stream(headers: Mapping[str, str]) -> httpx.Response:
+            request = self._http.build_request("POST", path, json=body, headers=headers)
+            with connection_errors():
+                response = await self._http.send(request, stream=True)
+                if response.is_success:
+                    return response
                 try:
                     content = await response.aread()
                 finally:
                     await response.aclose()
                 raise wire.parse_error(response.status_code, content, response.headers)
-        return AsyncStream(response)
+
+        return AsyncStream(await open_stream({}), open_stream, resumes=self._resumes)
 
     async def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
         with connection_errors():

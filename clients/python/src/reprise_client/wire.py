@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from reprise_client.errors import APIError, StreamBrokenError
+from reprise_client.errors import APIError, ClientError, StreamBrokenError
 from reprise_client.results import Choice, Chunk, Completion, Usage
 
 Message = Mapping[str, Any]
@@ -16,6 +16,11 @@ Prompt = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
 CHAT_PATH = "/v1/chat/completions"
 COMPLETION_PATH = "/v1/completions"
 MODELS_PATH = "/v1/models"
+DEFAULT_RESUMES = 12
+"""With the delays below they take some 30 seconds: a server that is started again is there by then."""
+_FIRST_DELAY = 0.1
+_LONGEST_DELAY = 5.0
+_MAY_PASS = {429, 502, 503, 504}
 
 
 def root_url(base_url: str) -> str:
@@ -105,21 +110,40 @@ def _parse_usage(usage: Mapping[str, Any]) -> Usage:
 
 
 class StreamDecoder:
-    """Lines of a server-sent event stream to chunks; `done` once the server has said that it is complete."""
+    """Lines of a server-sent event stream to chunks; `done` once the server has said that it is complete.
+
+    `num_events` counts the whole ones that were no error, `last_event_id` is the id of the last that had one.
+    """
 
     def __init__(self, request_id: str | None) -> None:
         self.done = False
+        self.num_events = 0
+        self.last_event_id: str | None = None
         self._request_id = request_id
         self._data: list[str] = []
+        self._event_id: str | None = None
+
+    @property
+    def resumable(self) -> bool:
+        """Whether the server can tell what is missing; where nothing came, that is all."""
+        return self.last_event_id is not None or self.num_events == 0
+
+    def restart(self) -> None:
+        """Another connection goes on after the last whole event."""
+        self._data, self._event_id = [], None
 
     def feed(self, line: str) -> list[Chunk]:
         """The chunks that this line completes. Raises APIError where the server reports one in the stream."""
         if line.startswith("data:"):
             self._data.append(line[5:].removeprefix(" "))
             return []
+        if line.startswith("id:"):
+            self._event_id = line[3:].removeprefix(" ")
+            return []
         if line or not self._data:
             return []  # a comment, a field that is not used here, or nothing to send
         data, self._data = "\n".join(self._data), []
+        self.last_event_id = self._event_id or self.last_event_id
         if data == "[DONE]":
             self.done = True
             return []
@@ -140,6 +164,7 @@ class StreamDecoder:
                 code=error.get("code"),
                 request_id=self._request_id,
             )
+        self.num_events += 1
         usage = _parse_usage(event["usage"]) if event.get("usage") else None
         if not event["choices"]:
             return [Chunk(index=0, text="", finish_reason=None, usage=usage, raw=event)]
@@ -153,3 +178,38 @@ class StreamDecoder:
             )
             for choice in event["choices"]
         ]
+
+
+class Resumption:
+    """How often, and after how long, a stream that broke is asked for again. Each new event makes it begin anew."""
+
+    def __init__(self, limit: int, decoder: StreamDecoder) -> None:
+        """limit: attempts in a row that bring nothing; 0 for none at all."""
+        self._limit = limit
+        self._decoder = decoder
+        self._num_failed = 0
+        self._num_events = 0
+
+    def delay(self, error: ClientError) -> float | None:
+        """Seconds to wait before the next attempt; None where the error is to be raised instead."""
+        if self._decoder.num_events > self._num_events:
+            self._num_events, self._num_failed = self._decoder.num_events, 0
+        self._num_failed += 1
+        if self._num_failed > self._limit or not self._decoder.resumable or not _may_pass(error):
+            return None
+        delay = 0.0 if self._num_failed == 1 else _FIRST_DELAY * 2 ** (self._num_failed - 2)
+        if isinstance(error, APIError) and error.retry_after is not None:
+            delay = max(delay, error.retry_after)
+        return min(delay, _LONGEST_DELAY)
+
+    def headers(self) -> dict[str, str]:
+        """What the next attempt is sent with, besides the very same body."""
+        last = self._decoder.last_event_id
+        return {} if last is None else {"Last-Event-ID": last}
+
+
+def _may_pass(error: ClientError) -> bool:
+    """Whether it may be otherwise with the next attempt, with this server or with another one at its address."""
+    if isinstance(error, APIError):
+        return error.status in _MAY_PASS or (error.status is None and error.code == "service_unavailable")
+    return True
