@@ -73,14 +73,18 @@ def start_server(
     environ: Mapping[str, str] | None = None,
     directory: Path | None = None,
     port: int | None = None,
+    module: str = "reprise.cli",
 ) -> LocalServer:
-    """Start `reprise serve` with these arguments; settings in this process's own environment do not count."""
+    """Start `reprise serve` with these arguments; settings in this process's own environment do not count.
+
+    module: what is run in its place, with the same command line.
+    """
     port = port or free_port()
     log_path = Path(tempfile.mkstemp(prefix="reprise-", suffix=".log", dir=directory)[1])
     variables = {name: value for name, value in os.environ.items() if not name.startswith("REPRISE_")}
     with log_path.open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "reprise.cli", "serve", *arguments, "--port", str(port)],
+            [sys.executable, "-m", module, "serve", *arguments, "--port", str(port)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -91,10 +95,13 @@ def start_server(
 
 @contextmanager
 def running_server(
-    *arguments: str, environ: Mapping[str, str] | None = None, directory: Path | None = None
+    *arguments: str,
+    environ: Mapping[str, str] | None = None,
+    directory: Path | None = None,
+    module: str = "reprise.cli",
 ) -> Iterator[LocalServer]:
     """A server that is ready; it is stopped at the end."""
-    server = start_server(*arguments, environ=environ, directory=directory)
+    server = start_server(*arguments, environ=environ, directory=directory, module=module)
     try:
         server.wait_until_ready()
         yield server
