@@ -4,11 +4,12 @@
 // dimension in one register for each output; attention runs over the keys from the sequence's start, CHUNK by CHUNK;
 // which rows share a register tile or a thread changes nothing of that.
 //
-// Weights are packed into panels of 32 columns (see pack), so that a product reads them as one stream. PAIR neighbours
+// Weights are packed into panels of 32 columns (see Panels), so that a product reads them as one stream. PAIR neighbours
 // along the inner dimension lie together: two for bfloat16, where one instruction takes both, one for float32.
 
 #include <stdlib.h>
 
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -20,92 +21,131 @@ namespace {
 constexpr int PANEL = 32;   // columns of a panel of weights
 constexpr int BLOCK = 16;   // tokens of a block of keys or values
 constexpr int CHUNK = 128;  // keys between two corrections of the running maximum
-constexpr int TILE = 12;    // rows of a register tile
+constexpr int TILE = NUM_SUMS >= 24 ? 12 : 6;      // rows of a register tile of a product, and of scores
+constexpr int WIDE = NUM_SUMS >= 24 ? 4 : 2;       // groups of a register tile of weighted values
+constexpr int WIDE_TILE = NUM_SUMS >= 24 ? 6 : 3;  // its rows
 
+// A number format. `element` is what weights, keys and values are kept in, `operand` what is multiplied with them. Of
+// PAIR neighbours along the inner dimension, `factor` gives those of one PART in sixteen columns.
 struct BFloat16 {
   typedef uint16_t element;
   static constexpr int PAIR = 2;
-  typedef words packed;  // 16 columns, two inner neighbours each
 #if defined(__AVX512BF16__)
-  typedef __m512bh broadcast;
-  static inline broadcast spread(const element* x) { int32_t w; memcpy(&w, x, 4); return (__m512bh)_mm512_set1_epi32(w); }
-  static inline floats add_products(floats acc, broadcast a, packed b) {
-    return (floats)_mm512_dpbf16_ps((__m512)acc, a, (__m512bh)b);
+  typedef uint16_t operand;
+  static constexpr int PARTS = 1;
+  template <int PART> static inline __m512bh factor(const element* p) { return (__m512bh)load<words>(p); }
+  template <int PART> static inline __m512bh spread(const operand* x) {
+    int32_t w;
+    memcpy(&w, x, 4);
+    return (__m512bh)_mm512_set1_epi32(w);
   }
+  static inline floats add_products(floats acc, __m512bh a, __m512bh b) { return (floats)_mm512_dpbf16_ps((__m512)acc, a, b); }
+  static inline void put(operand* p, floats v) { put_bfloat16(p, v); }
 #else
-  struct broadcast { floats low, high; };
-  static inline broadcast spread(const element* x) {
-    uint32_t low = (uint32_t)x[0] << 16, high = (uint32_t)x[1] << 16;
-    float a, b; memcpy(&a, &low, 4); memcpy(&b, &high, 4);
-    return {splat(a), splat(b)};
+  typedef float operand;
+  static constexpr int PARTS = 2;
+  template <int PART> static inline floats factor(const element* p) {
+    words both = load<words>(p);
+    return bits_as<floats>(PART ? both & 0xffff0000u : both << 16);
   }
-  static inline floats add_products(floats acc, broadcast a, packed b) {
-    acc = acc + a.low * (floats)(b << 16);
-    return acc + a.high * (floats)(b & 0xffff0000u);
-  }
+  template <int PART> static inline floats spread(const operand* x) { return splat(x[PART]); }
+  static inline floats add_products(floats acc, floats a, floats b) { return acc + a * b; }
+  static inline void put(operand* p, floats v) { store(p, v); }
 #endif
-  static inline void put(element* p, floats v) { store(p, to_bfloat16(v)); }
   static inline float value(element e) { uint32_t w = (uint32_t)e << 16; float f; memcpy(&f, &w, 4); return f; }
   static inline element element_of(float f) { return to_bfloat16(f); }
 };
 
 struct Float32 {
   typedef float element;
+  typedef float operand;
   static constexpr int PAIR = 1;
-  typedef floats packed;
-  typedef floats broadcast;
-  static inline broadcast spread(const element* x) { return splat(*x); }
-  static inline floats add_products(floats acc, broadcast a, packed b) { return acc + a * b; }
-  static inline void put(element* p, floats v) { store(p, v); }
+  static constexpr int PARTS = 1;
+  template <int PART> static inline floats factor(const element* p) { return load<floats>(p); }
+  template <int PART> static inline floats spread(const operand* x) { return splat(*x); }
+  static inline floats add_products(floats acc, floats a, floats b) { return acc + a * b; }
+  static inline void put(operand* p, floats v) { store(p, v); }
   static inline float value(element e) { return e; }
   static inline element element_of(float f) { return f; }
 };
 
+// Where a weight lies. Its two groups of 16 columns are side by side, [inner / PAIR][32][PAIR], where a tile takes both at
+// once; else one after the other, each [inner / PAIR][16][PAIR].
+template <class T> struct Panels {
+  static constexpr bool SIDE_BY_SIDE = NUM_SUMS >= 24;
+  static constexpr long STEP = (SIDE_BY_SIDE ? PANEL : LANES) * T::PAIR;
+  static long to_next_group(long inner) { return SIDE_BY_SIDE ? LANES * T::PAIR : LANES * inner; }
+  static long place(long column, long k, long inner) {
+    long lane = column % PANEL;
+    return column / PANEL * PANEL * inner + lane / LANES * to_next_group(inner) + k / T::PAIR * STEP + lane % LANES * T::PAIR +
+           k % T::PAIR;
+  }
+};
+
 // ---- matrix products ------------------------------------------------------------------------------------------
 
-// ROWS rows of x times two neighbouring groups of 16 columns. `apply(row, left, right)` takes the sums.
-template <class T, int ROWS, class F>
-inline void tile(const typename T::element* x, long stride, const typename T::element* panel, long num_inner, F apply) {
-  floats left[ROWS], right[ROWS];
-  for (int i = 0; i < ROWS; i++) left[i] = right[i] = floats{};
-  for (long k = 0; k < num_inner; k++) {
-    auto a = load<typename T::packed>(panel + k * PANEL * T::PAIR);
-    auto b = load<typename T::packed>(panel + k * PANEL * T::PAIR + LANES * T::PAIR);
-    if (ROWS <= 4) __builtin_prefetch((const char*)(panel + k * PANEL * T::PAIR) + 4096);
-    if (ROWS <= 4) __builtin_prefetch((const char*)(panel + k * PANEL * T::PAIR) + 4096 + 64);
+// sums[ROWS][GROUPS] += ROWS rows of x times GROUPS groups of 16 columns, over num_inner pairs. `step` elements lie from
+// one pair to the next, and `to_next_group` from one group to the next.
+template <class T, int ROWS, int GROUPS>
+inline __attribute__((always_inline)) void add_columns(const typename T::operand* x, long stride,
+                                                       const typename T::element* columns, long step, long to_next_group,
+                                                       long num_inner, floats (&sums)[ROWS][GROUPS]) {
+  auto add = [&](auto part, long k) __attribute__((always_inline)) {
+    decltype(T::template factor<part()>(columns)) factors[GROUPS];
+#pragma GCC unroll 4
+    for (int g = 0; g < GROUPS; g++) factors[g] = T::template factor<part()>(columns + k * step + g * to_next_group);
 #pragma GCC unroll 12
     for (int i = 0; i < ROWS; i++) {
-      auto s = T::spread(x + i * stride + k * T::PAIR);
-      left[i] = T::add_products(left[i], s, a);
-      right[i] = T::add_products(right[i], s, b);
+      auto a = T::template spread<part()>(x + i * stride + k * T::PAIR);
+#pragma GCC unroll 4
+      for (int g = 0; g < GROUPS; g++) sums[i][g] = T::add_products(sums[i][g], a, factors[g]);
+    }
+  };
+  for (long k = 0; k < num_inner; k++) {
+    if (ROWS <= 4) {
+      for (int g = 0; g < GROUPS; g++) __builtin_prefetch((const char*)(columns + k * step + g * to_next_group) + 4096);
+    }
+    add(std::integral_constant<int, 0>{}, k);
+    if (T::PARTS > 1) {
+      // Has the columns read again, since there are not registers for both parts.
+      if (REGISTER_BYTES == 32) asm("" : "+r"(columns));
+      add(std::integral_constant<int, T::PARTS - 1>{}, k);
     }
   }
-#pragma GCC unroll 12
-  for (int i = 0; i < ROWS; i++) apply(i, left[i], right[i]);
 }
 
-template <class T, class F>
-inline void rows_times_panel(const typename T::element* x, long stride, const typename T::element* panel, long inner,
-                             long num_rows, F apply) {
-  long num_inner = inner / T::PAIR;
+template <int ROWS, class F> inline void in_tiles_left(long num_rows, long m, const F& f) {
+  if (num_rows == ROWS) f(std::integral_constant<int, ROWS>{}, m);
+  else if constexpr (ROWS > 1) in_tiles_left<ROWS - 1>(num_rows, m, f);
+}
+
+// f(number of rows, first row) for tiles of MOST rows, and for one of those that are left over. The number is a constant.
+template <int MOST, class F> inline void in_tiles(long num_rows, const F& f) {
   long m = 0;
-  for (; m + TILE <= num_rows; m += TILE)
-    tile<T, TILE>(x + m * stride, stride, panel, num_inner, [&](int i, floats l, floats r) { apply(m + i, l, r); });
-  auto rest = [&](int i, floats l, floats r) { apply(m + i, l, r); };
-  const auto* y = x + m * stride;
-  switch (num_rows - m) {
-    case 1: tile<T, 1>(y, stride, panel, num_inner, rest); break;
-    case 2: tile<T, 2>(y, stride, panel, num_inner, rest); break;
-    case 3: tile<T, 3>(y, stride, panel, num_inner, rest); break;
-    case 4: tile<T, 4>(y, stride, panel, num_inner, rest); break;
-    case 5: tile<T, 5>(y, stride, panel, num_inner, rest); break;
-    case 6: tile<T, 6>(y, stride, panel, num_inner, rest); break;
-    case 7: tile<T, 7>(y, stride, panel, num_inner, rest); break;
-    case 8: tile<T, 8>(y, stride, panel, num_inner, rest); break;
-    case 9: tile<T, 9>(y, stride, panel, num_inner, rest); break;
-    case 10: tile<T, 10>(y, stride, panel, num_inner, rest); break;
-    case 11: tile<T, 11>(y, stride, panel, num_inner, rest); break;
+  for (; m + MOST <= num_rows; m += MOST) f(std::integral_constant<int, MOST>{}, m);
+  if constexpr (MOST > 1) {
+    if (m < num_rows) in_tiles_left<MOST - 1>(num_rows - m, m, f);
   }
+}
+
+// Rows of x times a panel. `apply(row, left, right)` takes the sums of its two groups.
+template <class T, class F>
+inline void rows_times_panel(const typename T::operand* x, long stride, const typename T::element* panel, long inner,
+                             long num_rows, F apply) {
+  long step = Panels<T>::STEP, num_inner = inner / T::PAIR, next = Panels<T>::to_next_group(inner);
+  in_tiles<TILE>(num_rows, [&](auto count, long m) {
+    constexpr int ROWS = count();
+    if constexpr (2 * ROWS <= NUM_SUMS - (T::PARTS > 1 ? 2 : 0)) {
+      floats sums[ROWS][2] = {};
+      add_columns<T, ROWS, 2>(x + m * stride, stride, panel, step, next, num_inner, sums);
+      for (int i = 0; i < ROWS; i++) apply(m + i, sums[i][0], sums[i][1]);
+    } else {
+      floats left[ROWS][1] = {}, right[ROWS][1] = {};
+      add_columns<T, ROWS, 1>(x + m * stride, stride, panel, step, next, num_inner, left);
+      add_columns<T, ROWS, 1>(x + m * stride, stride, panel + next, step, next, num_inner, right);
+      for (int i = 0; i < ROWS; i++) apply(m + i, left[i][0], right[i][0]);
+    }
+  });
 }
 
 }  // namespace
@@ -162,22 +202,20 @@ void pack(const typename T::element* weight, long num_rows, long inner, typename
   // Row r of the weight becomes column first_column + (r / group) * (2 * group) + offset + r % group where group > 0.
   for (long r = 0; r < num_rows; r++) {
     long column = first_column + (group ? r / group * 2 * group + offset + r % group : r);
-    auto* panel = packed + column / PANEL * PANEL * inner;
-    long lane = column % PANEL;
-    for (long k = 0; k < inner; k += T::PAIR)
-      for (int t = 0; t < T::PAIR; t++)
-        panel[k * PANEL + lane / LANES * LANES * T::PAIR + lane % LANES * T::PAIR + t] = weight[r * inner + k + t];
+    auto* first = packed + Panels<T>::place(column, 0, inner);
+    for (long k = 0; k < inner; k++) first[k / T::PAIR * Panels<T>::STEP + k % T::PAIR] = weight[r * inner + k];
   }
 }
 
 template <class T> struct Runner {
   typedef typename T::element element;
+  typedef typename T::operand operand;
   const Decoder& d;
   const Step& s;
   Pool& pool;
 
   // One product: tasks are pairs of a run of panels and a run of rows.
-  template <class F> void product(const element* x, long inner, const void* weights, long columns, long num_rows, F apply) {
+  template <class F> void product(const operand* x, long inner, const void* weights, long columns, long num_rows, F apply) {
     if (num_rows == 0) return;
     long num_panels = divide_up(columns, PANEL);
     long row_chunk = num_rows <= 96 ? num_rows : 96;
@@ -194,7 +232,7 @@ template <class T> struct Runner {
     });
   }
 
-  static void normalise(const float* x, const float* weight, long size, float epsilon, element* out) {
+  static void normalise(const float* x, const float* weight, long size, float epsilon, operand* out) {
     floats squares{};
     for (long i = 0; i < size; i += LANES) { floats v = load<floats>(x + i); squares = squares + v * v; }
     float factor = 1.0f / __builtin_sqrtf(sum(squares) / size + epsilon);
@@ -217,10 +255,8 @@ template <class T> struct Runner {
   }
 
   void embed(long token, float* out) const {
-    auto* panel = (const element*)d.embedding + token / PANEL * PANEL * d.hidden;
-    long lane = token % PANEL, start = lane / LANES * LANES * T::PAIR + lane % LANES * T::PAIR;
-    for (long k = 0; k < d.hidden; k += T::PAIR)
-      for (int t = 0; t < T::PAIR; t++) out[k + t] = T::value(panel[k * PANEL + start + t]);
+    auto* first = (const element*)d.embedding + Panels<T>::place(token, 0, d.hidden);
+    for (long k = 0; k < d.hidden; k++) out[k] = T::value(first[k / T::PAIR * Panels<T>::STEP + k % T::PAIR]);
   }
 
   void write_keys(const LayerWeights& layer, long token, const float* key, const float* value) const {
@@ -237,44 +273,27 @@ template <class T> struct Runner {
     }
   }
 
-  // Scores of ROWS query rows against the 16 keys of a block.
-  template <int ROWS> static inline void score(const element* q, long stride, const element* keys, long dim, float* out) {
-    floats acc[ROWS];
-    for (int i = 0; i < ROWS; i++) acc[i] = floats{};
-    for (long k = 0; k < dim / T::PAIR; k++) {
-      auto b = load<typename T::packed>(keys + k * BLOCK * T::PAIR);
-#pragma GCC unroll 8
-      for (int i = 0; i < ROWS; i++) acc[i] = T::add_products(acc[i], T::spread(q + i * stride + k * T::PAIR), b);
-    }
-    for (int i = 0; i < ROWS; i++) store(out + i * CHUNK, acc[i]);
-  }
-  // acc[ROWS][64 of dim] += weights[ROWS][num_tokens] times values, over whole blocks.
-  template <int ROWS, int GROUPS>
-  static inline void weigh(const element* weights, const element* const* blocks, long num_blocks, long dim, long first,
-                           float* acc) {
-    floats sums[ROWS][GROUPS];
-    for (int i = 0; i < ROWS; i++) for (int g = 0; g < GROUPS; g++) sums[i][g] = load<floats>(acc + i * dim + first + g * LANES);
-    for (long block = 0; block < num_blocks; block++) {
-      const element* v = blocks[block] + first * T::PAIR;
-      const element* w = weights + block * BLOCK;
-      for (int t = 0; t < BLOCK / T::PAIR; t++) {
-        typename T::packed b[GROUPS];
-        for (int g = 0; g < GROUPS; g++) b[g] = load<typename T::packed>(v + t * dim * T::PAIR + g * LANES * T::PAIR);
-#pragma GCC unroll 8
-        for (int i = 0; i < ROWS; i++) {
-          auto a = T::spread(w + i * CHUNK + t * T::PAIR);
-          for (int g = 0; g < GROUPS; g++) sums[i][g] = T::add_products(sums[i][g], a, b[g]);
-        }
-      }
-    }
-    for (int i = 0; i < ROWS; i++) for (int g = 0; g < GROUPS; g++) store(acc + i * dim + first + g * LANES, sums[i][g]);
+  // acc[rows][GROUPS groups from `first` on] += weights[rows][num_tokens] times values, over whole blocks.
+  template <int GROUPS, int MOST>
+  static inline void weigh(const operand* weights, const element* const* blocks, long num_blocks, long dim, long first,
+                           long rows, float* acc) {
+    in_tiles<MOST>(rows, [&](auto count, long r) {
+      constexpr int ROWS = count();
+      floats sums[ROWS][GROUPS];
+      float* a = acc + r * dim + first;
+      for (int i = 0; i < ROWS; i++) for (int g = 0; g < GROUPS; g++) sums[i][g] = load<floats>(a + i * dim + g * LANES);
+      for (long block = 0; block < num_blocks; block++)
+        add_columns<T, ROWS, GROUPS>(weights + r * CHUNK + block * BLOCK, CHUNK, blocks[block] + first * T::PAIR, dim * T::PAIR,
+                                     LANES * T::PAIR, BLOCK / T::PAIR, sums);
+      for (int i = 0; i < ROWS; i++) for (int g = 0; g < GROUPS; g++) store(a + i * dim + g * LANES, sums[i][g]);
+    });
   }
 
   static constexpr int QUERY_ROWS = 48;
   struct Scratch {
-    element query[QUERY_ROWS * 256];
+    operand query[QUERY_ROWS * 256];
     float scores[QUERY_ROWS * CHUNK];
-    element weights[QUERY_ROWS * CHUNK];
+    operand weights[QUERY_ROWS * CHUNK];
     float acc[QUERY_ROWS * 256];
     floats totals[QUERY_ROWS];
     float highest[QUERY_ROWS];
@@ -282,15 +301,15 @@ template <class T> struct Runner {
   };
 
   // Queries first .. first + count of a span, for one key-value head and its group of query heads.
-  void attend(const LayerWeights& layer, const Span& span, long kv_head, long first, long count, const element* queries,
-              element* out, Scratch& w) const {
+  void attend(const LayerWeights& layer, const Span& span, long kv_head, long first, long count, const operand* queries,
+              operand* out, Scratch& w) const {
     long dim = d.head_dim, group = d.num_heads / d.num_kv_heads, rows = count * group;
     long start = span.num_tokens - span.num_queries + first, end = start + count;
     for (long q = 0; q < count; q++)
       for (long g = 0; g < group; g++) {
         long r = q * group + g;
         memcpy(w.query + r * dim, queries + ((span.query_start + first + q) * d.num_heads + kv_head * group + g) * dim,
-               dim * sizeof(element));
+               dim * sizeof(operand));
         w.highest[r] = -__builtin_inff();
         w.totals[r] = floats{};
         w.last[r] = start + q;
@@ -298,7 +317,7 @@ template <class T> struct Runner {
     memset(w.acc, 0, rows * dim * sizeof(float));
     long begin = layer.window && start - layer.window + 1 > 0 ? (start - layer.window + 1) / CHUNK * CHUNK : 0;
     const element *keys[CHUNK / BLOCK], *values[CHUNK / BLOCK];
-    ints lanes; for (int i = 0; i < LANES; i++) lanes[i] = i;
+    const ints lanes = lane_numbers();
     for (long chunk = begin; chunk < end; chunk += CHUNK) {
       long num_blocks = divide_up((end < chunk + CHUNK ? end : chunk + CHUNK) - chunk, BLOCK);
       for (long b = 0; b < num_blocks; b++) {
@@ -307,18 +326,12 @@ template <class T> struct Runner {
         values[b] = (const element*)layer.values + at;
       }
       for (long b = 0; b < num_blocks; b++) {
-        long r = 0;
-        for (; r + 8 <= rows; r += 8) score<8>(w.query + r * dim, dim, keys[b], dim, w.scores + r * CHUNK + b * BLOCK);
-        const element* q = w.query + r * dim; float* o = w.scores + r * CHUNK + b * BLOCK;
-        switch (rows - r) {
-          case 1: score<1>(q, dim, keys[b], dim, o); break;
-          case 2: score<2>(q, dim, keys[b], dim, o); break;
-          case 3: score<3>(q, dim, keys[b], dim, o); break;
-          case 4: score<4>(q, dim, keys[b], dim, o); break;
-          case 5: score<5>(q, dim, keys[b], dim, o); break;
-          case 6: score<6>(q, dim, keys[b], dim, o); break;
-          case 7: score<7>(q, dim, keys[b], dim, o); break;
-        }
+        in_tiles<TILE>(rows, [&](auto count, long r) {
+          constexpr int ROWS = count();
+          floats sums[ROWS][1] = {};
+          add_columns<T, ROWS, 1>(w.query + r * dim, dim, keys[b], BLOCK * T::PAIR, 0, dim / T::PAIR, sums);
+          for (int i = 0; i < ROWS; i++) store(w.scores + (r + i) * CHUNK + b * BLOCK, sums[i][0]);
+        });
       }
       for (long r = 0; r < rows; r++) {
         floats peak = splat(w.highest[r]);
@@ -326,14 +339,14 @@ template <class T> struct Runner {
         for (long b = 0; b < num_blocks; b++) {
           ints key = lanes + (int32_t)(chunk + b * BLOCK);
           ints visible = key <= (int32_t)w.last[r];
-          if (layer.window) visible &= key > (int32_t)(w.last[r] - layer.window);
+          if (layer.window) visible = visible & (key > (int32_t)(w.last[r] - layer.window));
           floats v = select(visible, load<floats>(w.scores + r * CHUNK + b * BLOCK) * splat(d.scale), splat(-__builtin_inff()));
           store(w.scores + r * CHUNK + b * BLOCK, v);
-          broken |= v != v;
+          broken = broken | (v != v);
           peak = maximum(peak, v);
         }
         float highest = maximum(peak);
-        if (highest == -__builtin_inff()) { memset(w.weights + r * CHUNK, 0, CHUNK * sizeof(element)); continue; }
+        if (highest == -__builtin_inff()) { memset(w.weights + r * CHUNK, 0, CHUNK * sizeof(operand)); continue; }
         if (highest != w.highest[r]) {
           floats correction = exponential(splat(w.highest[r] - highest));
           if (w.highest[r] == -__builtin_inff()) correction = floats{};
@@ -347,25 +360,17 @@ template <class T> struct Runner {
           T::put(w.weights + r * CHUNK + b * BLOCK, e);
         }
         // A maximum does not keep what is no number; the sum does.
-        for (int lane = 0; lane < LANES; lane++)
-          if (broken[lane]) w.totals[r] = splat(__builtin_nanf(""));
+        if (any(broken)) w.totals[r] = splat(__builtin_nanf(""));
       }
-      for (long i = 0; i < dim; i += 64) {
-        long wide = dim - i < 64 ? dim - i : 64, r = 0;
-        if (wide == 64) {
-          for (; r + 4 <= rows; r += 4) weigh<4, 4>(w.weights + r * CHUNK, values, num_blocks, dim, i, w.acc + r * dim);
-          for (; r < rows; r++) weigh<1, 4>(w.weights + r * CHUNK, values, num_blocks, dim, i, w.acc + r * dim);
-        } else {
-          for (long j = 0; j < wide; j += LANES)
-            for (r = 0; r < rows; r++) weigh<1, 1>(w.weights + r * CHUNK, values, num_blocks, dim, i + j, w.acc + r * dim);
-        }
-      }
+      long i = 0;
+      for (; i + WIDE * LANES <= dim; i += WIDE * LANES) weigh<WIDE, WIDE_TILE>(w.weights, values, num_blocks, dim, i, rows, w.acc);
+      for (; i < dim; i += LANES) weigh<1, TILE>(w.weights, values, num_blocks, dim, i, rows, w.acc);
     }
     for (long q = 0; q < count; q++)
       for (long g = 0; g < group; g++) {
         long r = q * group + g;
         floats factor = splat(1.0f / sum(w.totals[r]));
-        element* o = out + ((span.query_start + first + q) * d.num_heads + kv_head * group + g) * dim;
+        operand* o = out + ((span.query_start + first + q) * d.num_heads + kv_head * group + g) * dim;
         for (long i = 0; i < dim; i += LANES) T::put(o + i, load<floats>(w.acc + r * dim + i) * factor);
       }
   }
@@ -374,12 +379,12 @@ template <class T> struct Runner {
     long n = s.num_tokens, hidden = d.hidden, dim = d.head_dim;
     long query_size = d.num_heads * dim, key_size = d.num_kv_heads * dim, fused = query_size + 2 * key_size;
     float* x = memory.take<float>(n * hidden);
-    element* normed = memory.take<element>(n * hidden);
+    operand* normed = memory.take<operand>(n * hidden);
     float* projected = memory.take<float>(n * fused);
-    element* queries = memory.take<element>(n * query_size);
-    element* attended = memory.take<element>(n * query_size);
-    element* activated = memory.take<element>(n * d.intermediate);
-    element* last = memory.take<element>(s.num_logit_rows * hidden);
+    operand* queries = memory.take<operand>(n * query_size);
+    operand* attended = memory.take<operand>(n * query_size);
+    operand* activated = memory.take<operand>(n * d.intermediate);
+    operand* last = memory.take<operand>(s.num_logit_rows * hidden);
     Scratch* scratch = memory.take<Scratch>(pool.size());
     if (counting) return;
 
@@ -457,7 +462,12 @@ template <class T> struct Runner {
       float* out = s.logits + row * d.vocab;
       long c = panel * PANEL, count = d.vocab - c;
       if (count >= PANEL) { store(out + c, left); store(out + c + LANES, right); }
-      else for (long i = 0; i < count; i++) out[c + i] = i < LANES ? left[i] : right[i - LANES];
+      else {
+        float both[PANEL];
+        store(both, left);
+        store(both + LANES, right);
+        memcpy(out + c, both, count * sizeof(float));
+      }
     });
   }
 };

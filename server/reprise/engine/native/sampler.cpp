@@ -10,12 +10,25 @@ namespace {
 constexpr long SEGMENT = 16384;      // token ids that one task looks at
 constexpr double MARGIN = 1e-7;      // far above the error of `logarithm`, so that the winner is among those recomputed
 
-typedef double doubles __attribute__((vector_size(64)));
-typedef int64_t longs __attribute__((vector_size(64)));
-typedef uint64_t hashes __attribute__((vector_size(64)));
-typedef float eight_floats __attribute__((vector_size(32)));
+typedef Vector<double, 8>::type doubles;
+typedef Vector<int64_t, 8>::type longs;
+typedef Vector<uint64_t, 8>::type hashes;
 
 inline doubles splat(double x) { return x - doubles{}; }
+
+// As many floats as V has doubles, as those.
+template <class V> struct Widened {
+  typedef typename Vector<float, sizeof(V) / sizeof(double)>::type part;
+  static inline V from(const float* p) { return numbers_as<V>(load<part>(p)); }
+};
+template <class H> struct Widened<Twice<H>> {
+  static inline Twice<H> from(const float* p) { return {Widened<H>::from(p), Widened<H>::from(p + sizeof(H) / sizeof(double))}; }
+};
+
+inline doubles maximum(doubles a, doubles b) {
+  longs higher = a > b;
+  return bits_as<doubles>((higher & bits_as<longs>(a)) | (~higher & bits_as<longs>(b)));
+}
 
 constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15ull;
 
@@ -28,10 +41,10 @@ template <class W> inline W mixed(W word) {
 
 // Natural logarithm of positive normal numbers, good to about 1e-13: the series of the inverse hyperbolic tangent.
 inline doubles logarithm(doubles x) {
-  longs bits = (longs)x;
+  longs bits = bits_as<longs>(x);
   longs shifted = bits - 0x3fe6a09e667f3bcdll;  // the bits of sqrt(1/2)
-  doubles exponent = __builtin_convertvector(shifted >> 52, doubles);
-  doubles m = (doubles)(bits - (shifted & (int64_t)(0xfffull << 52)));
+  doubles exponent = numbers_as<doubles>(shifted >> 52);
+  doubles m = bits_as<doubles>(bits - (shifted & (int64_t)(0xfffull << 52)));
   doubles s = (m - 1.0) / (m + 1.0), z = s * s;
   doubles p = splat(1.0 / 15);
   p = p * z + 1.0 / 13;
@@ -65,19 +78,20 @@ void draw(Context& context, const float* scores, long num_rows, long size, const
     double* total = totals.data() + (size_t)thread * (SEGMENT + 8);
     uint64_t key = keys[row];
     doubles peak = splat(-__builtin_inf());
-    hashes words;
-    for (int lane = 0; lane < 8; lane++) words[lane] = key + (uint64_t)(first + lane + 1) * GOLDEN;
+    uint64_t starts[8];
+    for (int lane = 0; lane < 8; lane++) starts[lane] = key + (uint64_t)(first + lane + 1) * GOLDEN;
+    hashes words = load<hashes>(starts);
     long i = 0;
-    for (; i + 8 <= count; i += 8, words += 8 * GOLDEN) {
-      doubles u = (__builtin_convertvector(mixed(words) >> 11, doubles) + 0.5) * 0x1p-53;
+    for (; i + 8 <= count; i += 8, words = words + 8 * GOLDEN) {
+      doubles u = (numbers_as<doubles>(bits_as<longs>(mixed(words) >> 11)) + 0.5) * 0x1p-53;
       doubles noise = -logarithm(-logarithm(u));
-      doubles value = __builtin_convertvector(load<eight_floats>(x + i), doubles) + noise;
+      doubles value = Widened<doubles>::from(x + i) + noise;
       store(total + i, value);
-      longs higher = value > peak;
-      peak = (doubles)((higher & (longs)value) | (~higher & (longs)peak));
+      peak = maximum(value, peak);
     }
-    double most = -__builtin_inf();
-    for (int lane = 0; lane < 8; lane++) most = peak[lane] > most ? peak[lane] : most;
+    double peaks[8], most = -__builtin_inf();
+    store(peaks, peak);
+    for (int lane = 0; lane < 8; lane++) most = peaks[lane] > most ? peaks[lane] : most;
     for (; i < count; i++) {
       total[i] = x[i] - log(-log(uniform(key, first + i)));
       most = total[i] > most ? total[i] : most;
@@ -112,24 +126,17 @@ void reprise_highest(Context* context, const float* scores, int64_t num_rows, in
     long i = 0;
     for (; i + LANES <= size; i += LANES) {
       floats v = load<floats>(x + i);
-      nan |= v != v;
+      nan = nan | (v != v);
       peak = maximum(v, peak);
     }
     float most = maximum(peak);
-    bool broken = false;
-    for (int lane = 0; lane < LANES; lane++) broken |= nan[lane] != 0;
+    bool broken = any(nan);
     for (; i < size; i++) {
       broken |= x[i] != x[i];
       most = x[i] > most ? x[i] : most;
     }
     long at = 0;
-    while (at + LANES <= size) {
-      ints equal = load<floats>(x + at) == splat(most);
-      int any = 0;
-      for (int lane = 0; lane < LANES; lane++) any |= equal[lane];
-      if (any) break;
-      at += LANES;
-    }
+    while (at + LANES <= size && !any(load<floats>(x + at) == splat(most))) at += LANES;
     while (at < size - 1 && x[at] != most) at++;
     token_ids[row] = (int32_t)at;
     highest[row] = most;
