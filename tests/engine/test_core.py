@@ -140,6 +140,56 @@ def test_what_a_failed_sequence_computed_is_not_found_again(model_directory: Mod
     assert core.stats().num_kv_tokens_cached == 0
 
 
+def forget_numbers(core: EngineCore, blocks: list[int]) -> None:
+    """Put NaN in the keys and values of these blocks."""
+    assert isinstance(core._runner, PagedRunner)
+    size = core._scheduler.pool.block_size
+    slots = [slot for block in blocks for slot in range(block * size, (block + 1) * size)]
+    for keys, values in core._runner._cache._layers.values():
+        keys[slots] = values[slots] = float("nan")
+
+
+def test_no_numbers_in_a_cached_prefix_cost_nobody_the_answer(
+    core: EngineCore, model_directory: ModelDirectory
+) -> None:
+    """It is computed again by whoever finds them, and found by nobody after that."""
+    request = (PROMPT, greedy(8, num_logprobs=1))
+    clean = run(core, [request])[0]
+    longer = ([*PROMPT, *clean.token_ids], greedy(8))
+    expected = run(build_core(load_from(model_directory("llama")), None), [longer])[0]
+    forget_numbers(core, list(core._scheduler.pool._cached))
+    both = run(core, [request, request], first_id=10)
+    assert [(r.token_ids, r.logprobs) for r in both] == [(clean.token_ids, clean.logprobs)] * 2
+    for first_id, num_cached_tokens in [(20, 0), (30, 12)]:
+        again = run(core, [request], first_id=first_id)[0]
+        assert (again.token_ids, again.num_cached_tokens) == (clean.token_ids, num_cached_tokens)
+    assert run(core, [longer], first_id=40)[0].token_ids == expected.token_ids
+
+
+def test_no_numbers_in_blocks_that_several_read_end_whoever_wrote_them(model_directory: ModelDirectory) -> None:
+    """One of the readers decodes, one is in the middle of its own, longer prompt."""
+    core = build_core(load_from(model_directory("llama"), max_num_batched_tokens=8, max_num_seqs=4), None)
+    long = [*PROMPT, *range(30, 60)]
+    requests = [(PROMPT, greedy(20, end_token_ids=())), (PROMPT, greedy(12, end_token_ids=())), (long, greedy(8))]
+    clean = run(core, requests)
+    core = build_core(load_from(model_directory("llama"), max_num_batched_tokens=8, max_num_seqs=4), None)
+    results = {number: Result() for number in range(1, 4)}
+    for number, request in enumerate(requests, 1):
+        core.add(Add(number, 0, *request))
+    while not (len(results[2].token_ids) >= 2 and core._sequences[3].num_computed_tokens >= 12):
+        for output in core.step():
+            results[output.sequence_id].take(output)
+    assert not results[3].token_ids
+    writer, reader, waiter = (core._sequences[number].block_ids for number in results)
+    assert writer[0] == reader[0] == waiter[0]
+    forget_numbers(core, writer[:1])
+    drain(core, results)
+    assert results.pop(1).error_code == "numerical_error"
+    assert [r.token_ids for r in results.values()] == [r.token_ids for r in clean[1:]]
+    again = run(core, requests, first_id=10)
+    assert [r.token_ids for r in again] == [r.token_ids for r in clean]
+
+
 def test_statistics_count_what_happened(core: EngineCore) -> None:
     run(core, [(PROMPT, greedy(3, end_token_ids=())), (PROMPT, greedy(5, end_token_ids=()))])
     stats = core.stats()

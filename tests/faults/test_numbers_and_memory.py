@@ -79,11 +79,11 @@ def test_f09_logits_that_are_no_numbers(start_faulty: Start) -> None:
 
 
 def test_f09_no_numbers_in_the_cache(wide_directory: Path) -> None:
-    """NaN in the blocks of one sequence, while others run and in blocks that others get after it."""
+    """NaN in the blocks of one sequence, while others run, in its prefix and in blocks that others get after it."""
     requests = [(token_ids(length, length), greedy(12, seed=length, num_logprobs=2)) for length in (5, 40, 130, 17)]
-    victim = (token_ids(60, 99), greedy(40, end_token_ids=()))
+    victim = (token_ids(60, 99), greedy(40, end_token_ids=(), num_logprobs=2))
     loaded = load_from(wide_directory, kv_cache_memory=1 << 20)
-    expected = run(build_core(loaded, None), requests)
+    *expected, whole = run(build_core(loaded, None), [*requests, victim])
 
     loaded = load_from(wide_directory, kv_cache_memory=1 << 20)
     cache = loaded.runner._cache  # type: ignore[attr-defined]  # of the paged runner
@@ -101,6 +101,15 @@ def test_f09_no_numbers_in_the_cache(wide_directory: Path) -> None:
     drain(core, results)
     assert results.pop(len(results)).error_code == "numerical_error"
     assert [exact(result) for result in results.values()] == [exact(result) for result in expected]
+    assert exact(run(core, [victim], first_id=100)[0]) == exact(whole)
+
+    blocks = core._scheduler.pool._cached
+    slots = [i for block in blocks for i in range(block * 4, block * 4 + 4)]
+    for keys, values in cache._layers.values():
+        keys[slots] = values[slots] = float("nan")
+    for first_id in (200, 300):
+        found = run(core, [*requests, victim], first_id=first_id)
+        assert [exact(result) for result in found] == [exact(result) for result in [*expected, whole]]
 
     for keys, values in cache._layers.values():
         keys.fill_(float("nan"))

@@ -67,7 +67,7 @@ class EngineCore:
         return [self._finish(sequence, FinishReason.ABORT) for sequence in alive]
 
     def step(self) -> list[SequenceOutput]:
-        """Compute one batch. Every sequence that a failure touches ends in an error; the others go on."""
+        """Compute one batch. A sequence that fails by itself ends in an error; the others go on or begin anew."""
         batch = self._scheduler.schedule()
         assert batch or not self._scheduler.has_work, "there is work that fits nowhere"
         self._num_steps += 1
@@ -82,7 +82,12 @@ class EngineCore:
             self._scheduler.advance(scheduled)
             sampled = drawn[sequence.sequence_id]
             if sampled is not None and sampled.error_code is not None:
-                if sampled.error_code != "no_admissible_token":
+                if sampled.error_code == "numerical_error":
+                    # Any block that it read may hold what is no number, those that it found in the cache as well.
+                    if self._scheduler.recompute(sequence):
+                        continue
+                    self._scheduler.taint(sequence, 0)
+                elif sampled.error_code != "no_admissible_token":
                     self._scheduler.taint(sequence, scheduled.start)
                 outputs.append(self._finish(sequence, FinishReason.ERROR, error_code=sampled.error_code))
             elif completes_pass:

@@ -156,6 +156,14 @@ class Scheduler:
         self.taint(sequence, 0)
         self._preempt(sequence)
 
+    def recompute(self, sequence: Sequence) -> bool:
+        """Have a running sequence begin anew and share with nobody. False where it found nothing in the cache."""
+        if sequence.num_found_tokens == 0:
+            return False
+        sequence.computes_all = True
+        self.restart(sequence)
+        return True
+
     def shrink(self, scheduled: ScheduledSequence) -> bool:
         """A chunk ran out of memory by itself: have it computed in smaller ones. False where there are none."""
         if not self._limits.chunked or scheduled.num_tokens <= MIN_CHUNK:
@@ -254,7 +262,7 @@ class Scheduler:
             self._pool.release(reversed(prefix))
             return False
         sequence.block_ids = prefix
-        sequence.num_computed_tokens = num_cached
+        sequence.num_computed_tokens = sequence.num_found_tokens = num_cached
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = min(num_cached, sequence.num_prompt_tokens)
         if self._waiting.pop(sequence.sequence_id, None) is None:

@@ -45,6 +45,10 @@ class Sequence:
         self.block_ids: list[int] = []
         self.max_chunk: int | None = None
         """Tokens that one step may compute of it at most, where more of them ran out of memory."""
+        self.num_found_tokens = 0
+        """Tokens that it found in the prefix cache when it was last admitted."""
+        self.computes_all = False
+        """Whether it finds nothing in the prefix cache and leaves nothing there: what it found gave no numbers."""
         self.num_cached_tokens: int | None = None
         self.reported = False
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
@@ -75,7 +79,7 @@ class Sequence:
 
     @property
     def uses_prefix_cache(self) -> bool:
-        return self.sampling.use_cache
+        return self.sampling.use_cache and not self.computes_all
 
     def digest(self, block_index: int, block_size: int) -> bytes:
         """The digest of a whole block of this sequence. Tokens are only ever appended, so it never changes."""
