@@ -90,7 +90,7 @@ def test_bad_usage_ends_with_code_2(arguments: list[str], message: str) -> None:
 
 
 def test_a_bad_bundle_ends_with_code_2_before_anything_is_loaded(path: Path, tmp_path: Path) -> None:
-    (tmp_path / "b.json").write_text('{"format": 1}')
+    (tmp_path / "b.json").write_text('{"format": 2}')
     found = subprocess.run(
         [sys.executable, "-m", "reprise.cli", "replay", str(path), str(tmp_path / "b.json")],
         capture_output=True,
@@ -100,7 +100,7 @@ def test_a_bad_bundle_ends_with_code_2_before_anything_is_loaded(path: Path, tmp
     )
     assert (found.returncode, found.stdout) == (2, "")
     (line,) = found.stderr.splitlines()
-    assert line.startswith(f"reprise: {tmp_path / 'b.json'} is not a bundle of format 1: ")
+    assert line.startswith(f"reprise: {tmp_path / 'b.json'} is not a bundle of format 2: ")
 
 
 def test_what_a_bundle_is_refused_for_is_no_terminals_command(tmp_path: Path) -> None:

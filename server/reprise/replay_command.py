@@ -17,7 +17,7 @@ import uvloop
 
 from reprise.api.replayable import check_replayable
 from reprise.api.sampling import Served
-from reprise.api.service import system_fingerprint
+from reprise.api.service import served_text
 from reprise.errors import ModelLoadError, UnavailableError
 from reprise.generation.async_engine import AsyncEngine
 from reprise.generation.request_stream import Reader
@@ -25,6 +25,7 @@ from reprise.ipc.messages import Ready
 from reprise.logs import logging_to
 from reprise.printable import printable
 from reprise.replay.bundle import Bundle
+from reprise.replay.facts import ServedModel, system_fingerprint
 from reprise.replay.report import Report, make_report, render
 from reprise.replay.run import collect
 from reprise.serve import load_tokenizer
@@ -164,9 +165,7 @@ async def _replay(
     requests = check_replayable(bundle.generations, served)
     if not circumstances.use_cache:
         requests = [_without_cache(request) for request in requests]
-    fingerprint = system_fingerprint(
-        info, chat_template=tokenizer.chat_template_source, defaults=tokenizer.generation_defaults
-    )
+    fingerprint = system_fingerprint(ServedModel.of(info), served_text(tokenizer, tokenizer.generation_defaults))
     num_runs = 0
     while True:
         num_runs += 1

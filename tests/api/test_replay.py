@@ -254,7 +254,7 @@ async def test_an_unknown_id_is_not_found(
 ) -> None:
     async with recording as server:
         for name in ("secret", "secret.json"):
-            directory.with_name(name).write_text('{"format": 1}')
+            directory.with_name(name).write_text('{"format": 2}')
         response = await server.post("/v1/replay", {"id": response_id})
     assert (response.status_code, response.json()["error"]["code"]) == (404, "bundle_not_found")
 
@@ -267,8 +267,8 @@ async def test_an_unknown_id_is_not_found(
         ({"id": 1}, "id", "a string"),
         ({"id": "a" * 600}, "id", "at most 512"),
         ({"bundle": []}, "bundle", "an object"),
-        ({"bundle": {}}, "bundle", "must be a JSON object whose 'format' is 1"),
-        ({"bundle": {"format": 1}}, "bundle", "missing required field"),
+        ({"bundle": {}}, "bundle", "must be a JSON object whose 'format' is 2"),
+        ({"bundle": {"format": 2}}, "bundle", "missing required field"),
         ({"bundles": {}}, "bundles", "Did you mean 'bundle'?"),
     ],
 )

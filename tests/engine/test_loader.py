@@ -15,7 +15,7 @@ from transformers import BertConfig, BertLMHeadModel, LlamaConfig
 
 from reprise.engine import loader
 from reprise.errors import ModelLoadError
-from reprise.ipc.messages import EngineConfig
+from reprise.ipc.messages import EngineConfig, Ready
 from support import tiny_models
 from support.engine_driver import load_from
 
@@ -93,6 +93,32 @@ def test_the_fingerprint_changes_with_a_single_bit(copy: Path) -> None:
     assert before == load_from(copy).ready.weights_fingerprint
     edit(copy, lambda t: t[NORM].view(torch.int32)[0].bitwise_xor_(1))
     assert before != load_from(copy).ready.weights_fingerprint
+
+
+def test_the_configurations_fingerprint_changes_where_no_weight_and_no_logit_of_the_check_does(
+    model_directory: ModelDirectory, tmp_path: Path
+) -> None:
+    directory = Path(shutil.copytree(model_directory("mistral-window"), tmp_path / "model"))
+    path = directory / "config.json"
+    settings = json.loads(path.read_text())
+
+    def loaded(**changes: object) -> Ready:
+        path.write_text(json.dumps(settings | changes))
+        return load_from(directory, max_model_len=256).ready
+
+    before, after = loaded(sliding_window=200), loaded(sliding_window=210)
+    assert before.weights_fingerprint == after.weights_fingerprint
+    assert before.numerics_fingerprint == after.numerics_fingerprint
+    assert before.model_config_fingerprint != after.model_config_fingerprint
+
+
+def test_the_configurations_fingerprint_stays_where_nothing_is_computed_from(copy: Path, tmp_path: Path) -> None:
+    before = load_from(copy).ready.model_config_fingerprint
+    moved = Path(shutil.copytree(copy, tmp_path / "moved"))
+    path = moved / "config.json"
+    settings = json.loads(path.read_text()) | {"transformers_version": "5.0.0", "_name_or_path": "x"}
+    path.write_text(json.dumps(settings, sort_keys=True))
+    assert load_from(moved).ready.model_config_fingerprint == before
 
 
 def test_the_pool_is_what_memory_holds_and_no_more_than_can_be_used(model_directory: ModelDirectory) -> None:

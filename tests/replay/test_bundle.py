@@ -102,9 +102,9 @@ SAMPLING = "generations.0.request.sampling"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_set("format", 2), "has format 2, and this version reads format 1"),
-        (_set("format", "1"), "must be a JSON object whose 'format' is 1"),
-        (_set("format", True), "must be a JSON object whose 'format' is 1"),
+        (_set("format", 1), "has format 1, and this version reads format 2"),
+        (_set("format", "2"), "must be a JSON object whose 'format' is 2"),
+        (_set("format", True), "must be a JSON object whose 'format' is 2"),
         (_set("surprise", 1), "unknown field `surprise`"),
         (_set(f"{SAMPLING}.surprise", 1), "unknown field `surprise` - at `$.generations[0].request.sampling`"),
         (_set("settings.surprise", 1), "unknown field `surprise` - at `$.settings`"),
@@ -143,7 +143,7 @@ def test_prompts_of_one_response_have_equally_many_choices() -> None:
         convert(document, source="it")
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"\xff", b"[]", b"null", b"[" * 100_000, b'{"format": 1}'])
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff", b"[]", b"null", b"[" * 100_000, b'{"format": 2}'])
 def test_what_is_no_bundle_is_refused(data: bytes) -> None:
     with pytest.raises(BundleError, match=r"^b\.json "):
         decode(data, source="b.json")

@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 
 from reprise.ipc.messages import EngineConfig
-from reprise.replay.bundle import Bundle, Choice, Generation, Logprobs, ServedModel
-from reprise.replay.report import software
+from reprise.replay.bundle import Bundle, Choice, Generation, Logprobs
+from reprise.replay.facts import ServedModel, software
 from reprise.types import GenerationRequest, SamplingParams, StopStrings
 from support.scripted_engine import READY
 

@@ -171,6 +171,8 @@ def test_wraps_a_transformers_tokenizer(tmp_path: Path) -> None:
 class _PythonTokenizer(PreTrainedTokenizer):
     """A tokenizer without the Rust backend, as some old repositories have them."""
 
+    vocab_files_names = {"vocab_file": "vocab.txt"}  # noqa: RUF012 # as transformers declares it
+
     def __init__(self, **options: Any) -> None:
         tokens = ["<unk>", "</s>", *map(chr, range(32, 127))]
         self._ids = {token: i for i, token in enumerate(tokens)}
@@ -207,3 +209,15 @@ def test_tokenizer_written_in_python() -> None:
     assert tokenizer.vocabulary.data(token_ids[0]) == b"H"
     assert tokenizer.vocabulary.special_token_ids == {0, 1}
     assert tokenizer.encode_chat(USER, add_generation_prompt=True)[-1] == 1
+
+
+def test_the_fingerprint_of_one_written_in_python_changes_with_its_tokens_and_its_files(tmp_path: Path) -> None:
+    def fingerprint(data: str = "a", name: str = "vocab.txt", **options: Any) -> str:
+        path = tmp_path / name
+        path.write_text(data)
+        wrapped = _PythonTokenizer(**({"unk_token": "<unk>", "eos_token": "</s>", "vocab_file": str(path)} | options))
+        return Tokenizer(wrapped).fingerprint
+
+    assert fingerprint(name="elsewhere.txt") == fingerprint()
+    found = [fingerprint(), fingerprint("b"), fingerprint(eos_token="a"), fingerprint(extra_special_tokens=["<x>"])]
+    assert len(set(found)) == len(found)

@@ -10,8 +10,8 @@ import msgspec
 from reprise.api.generation import Generation
 from reprise.generation.interface import Engine
 from reprise.ipc.messages import EngineConfig, Ready
-from reprise.replay.bundle import Bundle, Recording, ServedModel, outcome_of
-from reprise.replay.report import software
+from reprise.replay.bundle import Bundle, Recording, outcome_of
+from reprise.replay.facts import ServedModel, software
 from reprise.replay.store import BundleStore
 from reprise.settings import Settings
 

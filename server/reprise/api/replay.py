@@ -48,7 +48,7 @@ async def replay(request: Request) -> Response:
         requests = await service.text_threads.run(check_replayable, bundle.generations, served)
     except BundleError as error:
         raise _refusal(error, body) from None
-    fingerprint = service.fingerprint(info, served)
+    fingerprint = service.fingerprint(info)
     with ExitStack() as undo:
         streams = []
         service.check_available()

@@ -156,7 +156,7 @@ async def _checked(
     check_retention(parameters, service.settings)
     size, threads = len(await request.body()), service.text_threads
     digest = await continuity.request_digest(parameters, endpoint.id_prefix, size, threads)
-    fingerprint = service.fingerprint(info, served)
+    fingerprint = service.fingerprint(info)
     if asked.sent is not None:
         continuity.check_belongs(
             asked.sent,

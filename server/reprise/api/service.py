@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import time
 import uuid
 from collections.abc import Mapping
-from functools import cache
-from importlib import metadata
 
-from reprise import __version__
 from reprise.api.admission import Admission
 from reprise.api.errors import HttpError
 from reprise.api.metrics import Metrics
@@ -22,6 +18,7 @@ from reprise.api.text_threads import TextThreads
 from reprise.errors import ModelNotFoundError, UnavailableError
 from reprise.generation.interface import Engine, EngineState
 from reprise.ipc.messages import Ready
+from reprise.replay.facts import ServedModel, ServedText, system_fingerprint
 from reprise.replay.store import BundleStore
 from reprise.settings import Settings
 from reprise.text.tokenizer import Tokenizer
@@ -43,6 +40,8 @@ class Service:
         self.tokenizer = tokenizer
         self.engine = engine
         self.created = int(time.time())
+        from_model = settings.generation_defaults == "model"
+        self.text = served_text(tokenizer, tokenizer.generation_defaults if from_model else {})
         self._longest_token = _longest_token(tokenizer)
         self.admission = Admission(max_num_seqs=settings.max_num_seqs, max_waiting_seqs=settings.max_waiting_seqs)
         self.generations = Generations(max_entries=settings.max_retained_tokens, timeout=settings.request_timeout)
@@ -89,19 +88,17 @@ class Service:
 
     def served(self, info: Ready) -> Served:
         """What requests are judged by."""
-        from_model = self.settings.generation_defaults == "model"
         return Served(
             tokenizer=self.tokenizer,
             max_sequence_tokens=info.max_sequence_tokens,
             vocab_size=info.vocab_size,
             max_choices=self.settings.max_choices,
             longest_token=self._longest_token,
-            defaults=self.tokenizer.generation_defaults if from_model else {},
+            defaults=self.text.generation_defaults,
         )
 
-    def fingerprint(self, info: Ready, served: Served) -> str:
-        template = self.tokenizer.chat_template_source
-        return system_fingerprint(info, chat_template=template, defaults=served.defaults)
+    def fingerprint(self, info: Ready) -> str:
+        return system_fingerprint(ServedModel.of(info), self.text)
 
     def begin_drain(self) -> None:
         """Take no new work, and keep nothing that nobody waits for."""
@@ -121,32 +118,20 @@ def _longest_token(tokenizer: Tokenizer) -> int | None:
     return None if spelt is None else max(map(len, spelt), default=None)
 
 
-def system_fingerprint(info: Ready, *, chat_template: str | None, defaults: Mapping[str, float | int]) -> str:
-    """Changes exactly when answers may: with weights, versions, arithmetic, room, template and defaults.
-
-    chat_template: its text. defaults: the sampling fields that hold where a request leaves them out.
-    """
-    facts = [
-        info.weights_fingerprint,
-        __version__,
-        *_library_versions(),
-        info.tier,
-        info.device_name,
-        info.dtype,
-        info.max_model_len,
-        info.max_sequence_tokens,
-        info.deterministic,
-        info.numerics_fingerprint,
-        chat_template,
-        dict(defaults),
-    ]
-    return "fp_" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+def served_text(tokenizer: Tokenizer, defaults: Mapping[str, float | int]) -> ServedText:
+    """The facts of texts. defaults: the sampling fields that hold where a request leaves them out."""
+    template = tokenizer.chat_template_source
+    return ServedText(
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        end_token_ids=tokenizer.end_token_ids,
+        start_token_ids=tuple(tokenizer.start_token_ids),
+        chat_template_fingerprint=None if template is None else _digest(template),
+        generation_defaults=dict(defaults),
+    )
 
 
-@cache
-def _library_versions() -> tuple[str, ...]:
-    """Of those that compute; the engine's process has the same ones."""
-    return tuple(metadata.version(name) for name in ("torch", "transformers"))
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).hexdigest()
 
 
 def new_id(prefix: str) -> str:

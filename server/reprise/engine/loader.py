@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import time
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from reprise.ipc.messages import EngineConfig, Ready
 DEFAULT_MAX_MODEL_LEN = 4096
 """For models that have no longest position, as state-space models."""
 Progress = Callable[[str, float], None]
+_NO_MODEL = ("_name_or_path", "dtype", "transformers_version")
+"""Members of a configuration that tell how it was saved; the number format is a fact of its own."""
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +88,7 @@ def load(config: EngineConfig, progress: Progress) -> LoadedModel:
         max_sequence_tokens=min(max_model_len, pool.num_tokens),
         max_num_seqs=config.max_num_seqs,
         weights_fingerprint=fingerprint,
+        model_config_fingerprint=fingerprint_of_config(model_config),
         load_seconds=time.monotonic() - started,
         deterministic=repeatability.passed,
         deterministic_reason=repeatability.reason,
@@ -177,6 +181,14 @@ def verify_weights(model: nn.Module) -> str:
     if broken:
         raise ModelLoadError(f"weights with NaN or infinite values: {', '.join(broken[:8])}")
     return digest.hexdigest()
+
+
+def fingerprint_of_config(model_config: PreTrainedConfig) -> str:
+    """A fingerprint of the model's configuration, what it leaves to defaults included."""
+    members = model_config.to_dict()
+    for name in _NO_MODEL:
+        members.pop(name, None)
+    return hashlib.blake2b(json.dumps(members, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
 
 
 def choose_max_model_len(config: EngineConfig, model_config: PreTrainedConfig) -> int:

@@ -110,6 +110,8 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     """Tokens that one sequence can have, prompt and output: the smaller of context and pool."""
     max_num_seqs: int
     weights_fingerprint: str
+    model_config_fingerprint: str = ""
+    """Of the model's own configuration: what weights mean may differ where no logit of a start-up check does."""
     load_seconds: float
     deterministic: bool = False
     """Whether the start-up check found that bits do not depend on company, and the setting asks for it or allows it."""

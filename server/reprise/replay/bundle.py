@@ -15,10 +15,11 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from reprise.errors import BundleError, GenerationError, UnavailableError
-from reprise.ipc.messages import EngineConfig, Ready
+from reprise.ipc.messages import EngineConfig
+from reprise.replay.facts import ServedModel, Software
 from reprise.types import ChoiceDelta, FinishReason, GenerationRequest, LogprobEntry, SamplingParams, StopStrings
 
-FORMAT = 1
+FORMAT = 2
 """Raised when a bundle of the former format could not be read any more."""
 MAX_BUNDLE_BYTES = 64 * 1024**2
 _CIRCUMSTANCES = frozenset({"cancelled", "capacity", "incomplete", "request_timeout"})
@@ -28,38 +29,6 @@ TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Logprob = float | Literal["-inf"]
 """JSON has no infinity."""
 Outcome = Literal["complete", "aborted", "failed"]
-
-
-class Software(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Versions of what computes."""
-
-    reprise: str
-    python: str
-    torch: str
-    transformers: str
-
-
-class ServedModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What was loaded, in the engine's own words."""
-
-    architecture: str
-    num_parameters: int
-    vocab_size: int
-    max_model_len: int
-    max_sequence_tokens: int
-    tier: str
-    tier_reason: str
-    device: str
-    device_name: str
-    dtype: str
-    weights_fingerprint: str
-    deterministic: bool
-    deterministic_reason: str
-    numerics_fingerprint: str
-
-    @classmethod
-    def of(cls, info: Ready) -> ServedModel:
-        return cls(**{name: getattr(info, name) for name in cls.__struct_fields__})
 
 
 class Logprobs(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator, Sequence
-from functools import cache
-from importlib import metadata
 
 import msgspec
 
-from reprise import __version__
 from reprise.ipc.messages import Ready
 from reprise.printable import printable
-from reprise.replay.bundle import Bundle, Failure, Generation, ServedModel, Software
+from reprise.replay.bundle import Bundle, Failure, Generation
 from reprise.replay.compare import ChoiceReport, Difference, Spell, Token, compare_generations
+from reprise.replay.facts import NO_CAUSE, ServedModel, software
 
-_NO_CAUSE = frozenset({"python", "tier_reason", "deterministic_reason"})
-"""Facts that no bit depends on."""
 _WORDS = {
     "prompt_logprob": "log-probability of prompt token",
     "prompt_top_logprob": "an alternative's log-probability at prompt token",
@@ -86,15 +81,8 @@ def changes(bundle: Bundle, info: Ready) -> list[Change]:
         Change(name, expected, found)
         for then, now in pairs
         for name in then.__struct_fields__
-        if (expected := getattr(then, name)) != (found := getattr(now, name)) and name not in _NO_CAUSE
+        if (expected := getattr(then, name)) != (found := getattr(now, name)) and name not in NO_CAUSE
     ]
-
-
-@cache
-def software() -> Software:
-    """Of this process; the engine's has the same."""
-    torch, transformers = (metadata.version(name) for name in ("torch", "transformers"))
-    return Software(reprise=__version__, python=platform.python_version(), torch=torch, transformers=transformers)
 
 
 def render(report: Report) -> str:

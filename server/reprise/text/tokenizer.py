@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reprise.errors import InvalidRequestError, ModelLoadError
@@ -24,7 +26,8 @@ class Tokenizer:
     """Thread safe: nothing of it changes after `load`.
 
     `end_token_ids` end an answer; `start_token_ids` stand for the empty prompt; `generation_defaults` are the
-    sampling parameters that the model's own `generation_config.json` sets.
+    sampling parameters that the model's own `generation_config.json` sets. `fingerprint` is a digest of what texts
+    and ids are made of each other by.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Tokenizer:
         self.vocabulary = self._build_vocabulary()
         self._control_tokens = ControlTokens(tokenizer.added_tokens_decoder, self._backend, tokenizer.unk_token_id)
         self._chat_template = self._build_chat_template(chat_template)
+        self.fingerprint = self._fingerprint()
 
         generation_config = generation_config or {}
         configs = [generation_config, model_config or {}, (model_config or {}).get("text_config") or {}]
@@ -188,6 +192,24 @@ class Tokenizer:
             lambda text: self.encode(text, add_special_tokens=False),
             self._decode_text,
         )
+
+    def _fingerprint(self) -> str:
+        digest = hashlib.blake2b(digest_size=8)
+        # templates use these, which the backend knows as any others
+        digest.update(json.dumps(self._tokenizer.special_tokens_map, sort_keys=True, default=str).encode())
+        if self._backend is not None:
+            digest.update(self._backend.to_str().encode())
+            return digest.hexdigest()
+        tokenizer = self._tokenizer
+        added = {i: repr(token) for i, token in tokenizer.added_tokens_decoder.items()}
+        marks = self.encode("", add_special_tokens=True)
+        facts = [type(tokenizer).__qualname__, tokenizer.get_vocab(), added, marks]
+        digest.update(json.dumps(facts, sort_keys=True).encode())
+        for name in sorted(tokenizer.vocab_files_names):
+            file = tokenizer.init_kwargs.get(name)
+            if file is not None and Path(file).is_file():
+                digest.update(Path(file).read_bytes())
+        return digest.hexdigest()
 
     def _spellers(self) -> list[Speller]:
         if self._backend is None:
