@@ -14,7 +14,8 @@ from support.live_api import COMPLETIONS
 from support.promise import Folded, InFlight, all_at_once, assert_same, mixed_streams, read_stream
 
 POISON = 411
-"""A token id that no other prompt here has."""
+OTHER_POISON = 412
+"""Token ids that no other prompt here has."""
 NUM_STREAMS = 12
 CALLS = mixed_streams(NUM_STREAMS, 200)
 Start = Callable[..., Watched]
@@ -24,17 +25,17 @@ def poison(**parameters: Any) -> dict[str, Any]:
     return {"prompt": [30, 31, POISON, 32], "max_tokens": 50, "temperature": 0, "ignore_eos": True, **parameters}
 
 
-def ask_poison(watched: Watched, *, streamed: bool) -> tuple[int, dict[str, Any]]:
+def ask_poison(watched: Watched, *, streamed: bool, **parameters: Any) -> tuple[int, dict[str, Any]]:
     """The status and the error that the poisonous request ends with."""
     if not streamed:
-        response = watched.client.post(COMPLETIONS, json=poison())
+        response = watched.client.post(COMPLETIONS, json=poison(**parameters))
         return response.status_code, response.json()["error"]
     folded = Folded()
     try:
-        read_stream(watched.client, (COMPLETIONS, poison()), folded)
+        read_stream(watched.client, (COMPLETIONS, poison(**parameters)), folded)
     except AssertionError:
         # Told before the stream's first byte: as a status.
-        response = watched.client.post(COMPLETIONS, json=poison(stream=True))
+        response = watched.client.post(COMPLETIONS, json=poison(**parameters, stream=True))
         return response.status_code, response.json()["error"]
     assert folded.num_ends == 1
     assert folded.error is not None
@@ -86,3 +87,16 @@ def test_f07_four_poisonous_requests_do_not_end_the_server(start_faulty: Start) 
         assert watched.count("requests_convicted") == count
     watched.assert_clean()
     assert httpx.get(watched.server.base_url + "/ready").status_code == 200
+
+
+def test_f07_two_requests_that_the_kernel_kills_the_engine_for(start_faulty: Start) -> None:
+    """As where one prompt takes more memory than there is: each is given up, and the server goes on."""
+    watched = start_faulty(Fault("kill", token_id=POISON), Fault("kill", token_id=OTHER_POISON))
+    expected = all_at_once(watched.client, CALLS)
+    for count, token_id in enumerate((POISON, OTHER_POISON), 1):
+        status, error = ask_poison(watched, streamed=False, prompt=[30, token_id])
+        assert (status, error["code"]) == (500, "internal_error")
+        assert watched.count("requests_convicted") == count
+        assert watched.count("engine_restarts") == 3 * count
+    assert_same(all_at_once(watched.client, CALLS), expected)
+    watched.assert_clean()

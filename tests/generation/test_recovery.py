@@ -260,6 +260,7 @@ async def test_an_engine_that_is_killed_whenever_it_has_work_is_lost(
 ) -> None:
     """Three requests: of a kill from outside two of them are suspected before it is enough."""
     monkeypatch.setattr("reprise.generation.supervision.RESTART_DELAYS", (0.0,) * 4)
+    monkeypatch.setattr("reprise.generation.supervision.MAX_DEATHS_IN_A_ROW", 6)
     armed_by = tmp_path / "armed"
     async with started(directory, tokenizer, armed(Fault("kill", armed_by=str(armed_by)))) as engine:
         streams = [engine.submit(request) for request in requests(tokenizer)]

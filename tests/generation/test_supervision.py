@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from random import Random
 
@@ -218,6 +219,8 @@ class World:
     tokens: dict[int, int] = field(default_factory=dict)
     inside: set[int] = field(default_factory=set)
     convicted: set[int] = field(default_factory=set)
+    killed: bool = False
+    """Whether the engine dies of a SIGKILL, as of the kernel where memory runs out."""
     now: float = 0.0
 
     def move(self) -> None:
@@ -247,24 +250,27 @@ class World:
                     cleared = True
                 if cleared:
                     self.move()
-        conviction = self.suspects.died(killed=False)
+        conviction = self.suspects.died(killed=self.killed)
         self.inside.clear()
         for choice in conviction.choice_ids if conviction else []:
             self.convicted.add(choice)
             self.suspects.remove(choice)
-        return self.policy.died(self.now, explained=conviction is not None).given_up
+        return self.policy.died(self.now, explained=conviction.deaths if conviction else ()).given_up
 
 
 @settings(max_examples=200, deadline=None)
 @given(
     requests=st.lists(
-        st.tuples(st.integers(1, 3), st.integers(1, 12), st.none() | st.integers(0, 8)), min_size=1, max_size=7
+        st.tuples(st.integers(1, 3), st.integers(1, 12), st.none() | st.integers(0, 8)), min_size=1, max_size=6
     ),
+    killed=st.booleans(),
     seed=st.integers(0, 2**32),
 )
-def test_every_poison_is_convicted_and_nobody_else(requests: list[tuple[int, int, int | None]], seed: int) -> None:
+def test_every_poison_is_convicted_and_nobody_else(
+    requests: list[tuple[int, int, int | None]], killed: bool, seed: int
+) -> None:
     """Choices, tokens, and for a poisonous request the token that kills. Nothing else ends the engine."""
-    world = World()
+    world = World(killed=killed)
     for number, (num_choices, length, poison) in enumerate(requests):
         choices = [number * 10 + index for index in range(num_choices)]
         world.suspects.add(choices)
@@ -284,7 +290,9 @@ def test_every_poison_is_convicted_and_nobody_else(requests: list[tuple[int, int
         assert world.tokens[choice] == length or choice // 10 in guilty
 
 
-def fruitless(policy: RestartPolicy, now: float, *, seconds: float | None = 0.1, explained: bool = False) -> Restart:
+def fruitless(
+    policy: RestartPolicy, now: float, *, seconds: float | None = 0.1, explained: Collection[int] = ()
+) -> Restart:
     """A life without a token: ready for so many seconds, or never."""
     policy.began()
     if seconds is not None:
@@ -309,7 +317,7 @@ def test_thirty_deaths_under_load_are_thirty_pauses() -> None:
         policy.began()
         policy.ready(number)
         policy.delivered()
-        assert policy.died(number + 0.5, explained=False) == Restart()
+        assert policy.died(number + 0.5) == Restart()
 
 
 def test_a_token_wipes_out_what_was_before() -> None:
@@ -320,7 +328,7 @@ def test_a_token_wipes_out_what_was_before() -> None:
         policy.began()
         policy.ready(10.0)
         policy.delivered()
-        policy.died(10.0, explained=False)
+        policy.died(10.0)
 
 
 def test_an_idle_engine_may_die_now_and_then() -> None:
@@ -329,21 +337,59 @@ def test_an_idle_engine_may_die_now_and_then() -> None:
     assert all(fruitless(policy, 1000.0 * n, seconds=16.0).given_up is None for n in range(10))
 
 
+def test_a_conviction_explains_the_deaths_that_it_names_and_no_others() -> None:
+    policy = RestartPolicy()
+    assert [fruitless(policy, 10.0).delay for _ in range(3)] == list(RESTART_DELAYS[:3])
+    assert fruitless(policy, 10.0, explained=(2, 3, 4)) == Restart(RESTART_DELAYS[0])
+    assert [fruitless(policy, 10.0).delay for _ in range(2)] == list(RESTART_DELAYS[1:3])
+    assert fruitless(policy, 10.0).given_up is not None
+
+
 def test_convictions_explain_deaths_but_not_for_ever() -> None:
     policy = RestartPolicy()
-    found = [fruitless(policy, 10.0, explained=n % 3 == 2).given_up for n in range(MAX_DEATHS_IN_A_ROW)]
+    found = [
+        fruitless(policy, 10.0, explained=(n - 2, n - 1, n) if n % 3 == 0 else ()).given_up
+        for n in range(1, MAX_DEATHS_IN_A_ROW + 1)
+    ]
     assert found[:-1] == [None] * (MAX_DEATHS_IN_A_ROW - 1)
     assert found[-1] is not None
 
 
-def test_who_kills_whatever_runs_ends_the_engine_although_requests_are_convicted() -> None:
-    policy = RestartPolicy()
+@pytest.mark.parametrize(("killed", "num_deaths"), [(False, 2), (True, 3)])
+def test_requests_that_end_the_engine_one_after_the_other_do_not_end_the_server(killed: bool, num_deaths: int) -> None:
+    suspects, policy = Suspects(), RestartPolicy()
+    for choice in range((MAX_DEATHS_IN_A_ROW - 1) // num_deaths):
+        suspects.add([choice])
+        conviction = None
+        while conviction is None:
+            policy.began()
+            policy.ready(10.0)
+            revive(suspects)
+            conviction = suspects.died(killed=killed)
+            assert policy.died(10.0, explained=conviction.deaths if conviction else ()).given_up is None
+        assert conviction.num_deaths == num_deaths
+        suspects.remove(choice)
+
+
+def test_who_is_tried_does_not_answer_for_deaths_that_it_slept_through() -> None:
+    """Two requests that kill: the second one waits while the first is tried, and when the idle engine dies."""
+    suspects = running([1], [2])
     found = []
-    for number in range(2 * MAX_DEATHS):
-        policy.began()
-        policy.ready(10.0)
-        found.append(policy.died(10.0, explained=number % 2 == 1, killed=True).given_up)
-    assert [reason is not None for reason in found] == [False] * 6 + [True] * 2
+    for _ in range(4):
+        found.append(suspects.died(killed=True))
+        revive(suspects)
+    conviction = found.pop()
+    assert found == [None] * 3
+    assert conviction is not None
+    assert (conviction.choice_ids, conviction.deaths) == ([1], [1, 2, 3, 4])
+    suspects.remove(1)
+    assert suspects.died(killed=True) is None
+    revive(suspects)
+    assert suspects.died(killed=True) is None
+    revive(suspects)
+    conviction = suspects.died(killed=True)
+    assert conviction is not None
+    assert (conviction.choice_ids, conviction.deaths) == ([2], [1, 2, 6, 7])
 
 
 @settings(deadline=None)

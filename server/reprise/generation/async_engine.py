@@ -258,7 +258,7 @@ class AsyncEngine:
             if choice.interrupted_at is None:
                 choice.interrupted_at = now
         conviction = self._suspects.died(killed=killed)
-        restart = self._restarts.died(now, explained=conviction is not None, killed=killed)
+        restart = self._restarts.died(now, explained=conviction.deaths if conviction is not None else ())
         if conviction is not None:
             self._convict([self._choices[choice_id] for choice_id in conviction.choice_ids], conviction.num_deaths)
         if restart.given_up is not None:

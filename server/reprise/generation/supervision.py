@@ -5,8 +5,7 @@ Pure: events in, decisions out, time is an argument. `async_engine` acts on the 
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from reprise.ipc.messages import SequenceOutput
@@ -84,7 +83,7 @@ class _Choice:
 @dataclass(slots=True, eq=False)
 class _Request:
     choices: dict[int, _Choice] = field(default_factory=dict)
-    num_deaths: int = 0
+    deaths: list[int] = field(default_factory=list)
     num_deaths_alone: int = 0
 
     @property
@@ -102,10 +101,15 @@ class Moves:
 
 @dataclass(frozen=True, slots=True)
 class Conviction:
-    """The choices of a request that ends the engine process, and how often it did."""
+    """The choices of a request that ends the engine process, and the deaths at which it was there."""
 
     choice_ids: list[int]
-    num_deaths: int
+    deaths: list[int]
+    """By number: each death of the engine has the next one, from 1."""
+
+    @property
+    def num_deaths(self) -> int:
+        return len(self.deaths)
 
 
 class Suspects:
@@ -122,6 +126,7 @@ class Suspects:
         self._requests: dict[_Request, None] = {}
         self._in_engine: dict[int, None] = {}
         self._ready = False
+        self._num_deaths = 0
 
     @property
     def num_in_engine(self) -> int:
@@ -159,7 +164,8 @@ class Suspects:
         was_suspect = request.is_suspect
         choice.num_deaths = 0
         if not any(other.num_deaths for other in request.choices.values()):
-            request.num_deaths = request.num_deaths_alone = 0
+            request.deaths.clear()
+            request.num_deaths_alone = 0
         return was_suspect and not request.is_suspect
 
     def ready(self) -> None:
@@ -185,12 +191,13 @@ class Suspects:
         """The engine's process ended. killed: by a SIGKILL that was not the supervisor's."""
         present = dict.fromkeys(self._choices[choice_id].request for choice_id in self._in_engine)
         convicted = None
+        self._num_deaths += 1
         for request in present:
             was_suspect = request.is_suspect
-            request.num_deaths += 1
+            request.deaths.append(self._num_deaths)
             request.num_deaths_alone = request.num_deaths_alone + 1 if len(present) == 1 else 0
             if request.num_deaths_alone >= (1 if was_suspect else 2) + killed:
-                convicted = Conviction(list(request.choices), request.num_deaths)
+                convicted = Conviction(list(request.choices), list(request.deaths))
         for choice_id in self._in_engine:
             self._choices[choice_id].num_deaths += 1
         for choice in self._choices.values():
@@ -212,15 +219,17 @@ class RestartPolicy:
     """How often an engine that gets nothing done is started again.
 
     A life counts that delivered no token: MAX_DEATHS of them one after the other end it, unless they were ready for
-    DEATH_WINDOW_SECONDS in all, as an idle engine that somebody kills now and then. A death that a conviction explains
-    does not count, and wipes out those before it unless it was a kill; but not more than MAX_DEATHS_IN_A_ROW times.
+    DEATH_WINDOW_SECONDS in all, as an idle engine that somebody kills now and then. Deaths that a conviction explains
+    do not count; but not more than MAX_DEATHS_IN_A_ROW times.
     """
 
     def __init__(self) -> None:
         self._ready_at: float | None = None
         self._delivered = False
+        self._num_deaths = 0
         self._num_in_a_row = 0
-        self._seconds_ready: deque[float] = deque(maxlen=MAX_DEATHS)
+        self._seconds_ready: dict[int, float] = {}
+        """By the number of the death, of the last lives that count."""
         self._num_unready = 0
 
     def began(self) -> None:
@@ -235,23 +244,25 @@ class RestartPolicy:
         """This life has given a token."""
         self._delivered = True
 
-    def died(self, now: float, *, explained: bool, killed: bool = False) -> Restart:
-        """explained: a request was convicted of this death. killed: as of `Suspects.died`."""
+    def died(self, now: float, *, explained: Collection[int] = ()) -> Restart:
+        """explained: the deaths that a request was just convicted of, as in `Conviction`."""
+        self._num_deaths += 1
         seconds_ready = 0.0 if self._ready_at is None else now - self._ready_at
         if self._delivered or seconds_ready >= DEATH_WINDOW_SECONDS:
             self._num_in_a_row = self._num_unready = 0
             self._seconds_ready.clear()
             return Restart()
         self._num_in_a_row += 1
-        if explained and not killed:
-            self._seconds_ready.clear()
-        elif not explained:
-            self._seconds_ready.append(seconds_ready)
+        self._seconds_ready[self._num_deaths] = seconds_ready
+        for death in explained:
+            self._seconds_ready.pop(death, None)
+        if len(self._seconds_ready) > MAX_DEATHS:
+            del self._seconds_ready[min(self._seconds_ready)]
         self._num_unready = self._num_unready + 1 if self._ready_at is None else 0
         if self._num_unready >= MAX_DEATHS:
             return Restart(given_up=f"the engine process died {self._num_unready} times while loading")
         count = len(self._seconds_ready)
-        if count >= MAX_DEATHS and sum(self._seconds_ready) < DEATH_WINDOW_SECONDS:
+        if count >= MAX_DEATHS and sum(self._seconds_ready.values()) < DEATH_WINDOW_SECONDS:
             return Restart(given_up=f"the engine process died {count} times one after the other, without a token")
         if self._num_in_a_row >= MAX_DEATHS_IN_A_ROW:
             return Restart(given_up=f"the engine process died {self._num_in_a_row} times without a token")
