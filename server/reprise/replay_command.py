@@ -25,7 +25,6 @@ from reprise.ipc.messages import Ready
 from reprise.logs import logging_to
 from reprise.printable import printable
 from reprise.replay.bundle import Bundle
-from reprise.replay.facts import ServedModel, system_fingerprint
 from reprise.replay.report import Report, make_report, render
 from reprise.replay.run import collect
 from reprise.serve import load_tokenizer
@@ -165,7 +164,7 @@ async def _replay(
     requests = check_replayable(bundle.generations, served)
     if not circumstances.use_cache:
         requests = [_without_cache(request) for request in requests]
-    fingerprint = system_fingerprint(ServedModel.of(info), served_text(tokenizer, tokenizer.generation_defaults))
+    text = served_text(tokenizer, tokenizer.generation_defaults)
     num_runs = 0
     while True:
         num_runs += 1
@@ -176,9 +175,7 @@ async def _replay(
         finally:
             for stream in (*streams, *beside):
                 stream.close()
-        report = make_report(
-            bundle, found, error, info=info, system_fingerprint=fingerprint, spell=tokenizer.vocabulary.data
-        )
+        report = make_report(bundle, found, error, info=info, text=text, spell=tokenizer.vocabulary.data)
         if not report.identical or num_runs >= circumstances.times:
             return Replayed(str(path), num_runs, report)
 

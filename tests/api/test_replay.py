@@ -69,7 +69,9 @@ async def test_a_response_is_recorded_and_found_identical(
             assert again == engine.requests[num_before - len(again) : num_before]
 
 
-async def test_what_is_recorded(recording: AbstractAsyncContextManager[Loopback], directory: Path) -> None:
+async def test_what_is_recorded(
+    recording: AbstractAsyncContextManager[Loopback], directory: Path, engine: ScriptedEngine
+) -> None:
     async with recording as server:
         body = (await server.post("/v1/completions", PROMPT | {"user": "somebody"})).json()
         bundle = await written(directory)
@@ -81,8 +83,20 @@ async def test_what_is_recorded(recording: AbstractAsyncContextManager[Loopback]
     assert bundle.settings.tier == "paged"
     assert bundle.settings.model == "pocket"
     assert bundle.model.weights_fingerprint == READY.weights_fingerprint
+    assert bundle.text.end_token_ids == engine.tokenizer.end_token_ids
     assert [choice.text for choice in bundle.choices] == [choice["text"] for choice in body["choices"]]
     assert bundle.generations[0].request.sampling.seed == 5
+
+
+@pytest.mark.parametrize(("found", "setting"), [("native, avx512", "native"), ("torch", "torch")])
+async def test_the_kernels_that_were_chosen_are_recorded(
+    recording: AbstractAsyncContextManager[Loopback], directory: Path, engine: ScriptedEngine, found: str, setting: str
+) -> None:
+    engine.info = msgspec.structs.replace(READY, kernels=found)
+    async with recording as server:
+        await server.post("/v1/completions", PROMPT)
+        bundle = await written(directory)
+    assert (bundle.model.kernels, bundle.settings.kernels) == (found, setting)
 
 
 async def test_nothing_is_recorded_unasked(server: Loopback, engine: ScriptedEngine) -> None:
@@ -135,6 +149,20 @@ async def test_another_fingerprint_is_told(
     assert report["changes"] == [
         {"name": "weights_fingerprint", "expected": READY.weights_fingerprint, "found": "other"}
     ]
+
+
+async def test_other_defaults_and_another_template_change_nothing(
+    recording: AbstractAsyncContextManager[Loopback],
+) -> None:
+    async with recording as server:
+        service = server.app.state.service
+        response_id = (await server.post("/v1/chat/completions", CHAT)).json()["id"]
+        before = service.fingerprint(READY)
+        changes = {"chat_template_fingerprint": "other", "generation_defaults": {"temperature": 0.5}}
+        service.text = msgspec.structs.replace(service.text, **changes)
+        assert service.fingerprint(READY) != before
+        report = (await server.post("/v1/replay", {"id": response_id})).json()
+        assert (report["identical"], report["same_fingerprint"], report["changes"]) == (True, True, [])
 
 
 @pytest.mark.parametrize("stream", [False, True])

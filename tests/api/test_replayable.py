@@ -24,7 +24,7 @@ from reprise.replay.bundle import Choice, Generation, Recording, convert, encode
 from reprise.replay.report import make_report, render
 from reprise.text.tokenizer import Tokenizer
 from reprise.types import GenerationRequest, StopStrings
-from support.bundles import bundle
+from support.bundles import TEXT, bundle
 from support.scripted_engine import READY
 
 EVERYTHING: dict[str, Any] = {
@@ -204,6 +204,6 @@ def test_whatever_a_bundle_says_it_is_refused_or_run_and_reported(
         return
     found = Recording(requests).finish()
     info, spell = READY, served.tokenizer.vocabulary.data
-    report = make_report(made, found, None, info=info, system_fingerprint="", spell=spell)
+    report = make_report(made, found, None, info=info, text=TEXT, spell=spell)
     assert render(report)
     assert msgspec.json.encode(report)

@@ -65,7 +65,11 @@ class Recorded:
 @pytest.fixture(scope="module")
 def recorded(llama_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recorded]:
     directory = tmp_path_factory.mktemp("replay")
-    flags = (*FLAGS, "--bundle-dir", str(directory / "bundles"), "--served-model-name", "tiny")
+    # Requests are made by these, and the command runs them without.
+    template = directory / "template.jinja"
+    template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+    made_by = ("--chat-template", str(template), "--generation-defaults", "openai")
+    flags = (*FLAGS, *made_by, "--bundle-dir", str(directory / "bundles"), "--served-model-name", "tiny")
     environ = {"REPRISE_API_KEY": API_KEY}
     with (
         running_server(str(llama_directory), *flags, directory=directory, environ=environ) as server,
@@ -121,6 +125,7 @@ class TestReplay:
         for line in lines:
             report = line["report"]
             assert (line["num_runs"], report["identical"], report["same_fingerprint"]) == (2, True, True), report
+            assert report["changes"] == []
 
     def test_one_altered_token_and_one_altered_bit_are_found_in_their_places(
         self, recorded: Recorded, bundles: dict[str, Path], tmp_path: Path

@@ -3,10 +3,12 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+import pytest
 
 from reprise.replay.bundle import Bundle, Failure, Generation
+from reprise.replay.facts import ServedText
 from reprise.replay.report import Report, make_report, render
-from support.bundles import REQUEST, bundle, choice
+from support.bundles import REQUEST, TEXT, bundle, choice
 from support.scripted_engine import READY
 
 BROKEN = Failure(code="numerical_error", message="broken")
@@ -16,10 +18,10 @@ def spell(token_id: int) -> bytes:
     return f"<{token_id}>".encode()
 
 
-def report(of: Bundle, *, found_error: Failure | None = None, system_fingerprint: str = "fp_1", **facts: Any) -> Report:
+def report(of: Bundle, *, found_error: Failure | None = None, text: ServedText = TEXT, **facts: Any) -> Report:
     found = [Generation(request=REQUEST, choices=[choice(10, 11, 12), choice(20, 21, 22)])]
     info = msgspec.structs.replace(READY, **facts)
-    return make_report(of, found, found_error, info=info, system_fingerprint=system_fingerprint, spell=spell)
+    return make_report(of, found, found_error, info=info, text=text, spell=spell)
 
 
 def test_nothing_differs() -> None:
@@ -35,17 +37,47 @@ def test_nothing_differs() -> None:
 
 def test_other_circumstances_are_told_though_nothing_differs() -> None:
     found = report(
-        bundle(), system_fingerprint="fp_2", numerics_fingerprint="0", dtype="bfloat16", tier_reason="x", load_seconds=9
+        bundle(), numerics_fingerprint="0", dtype="bfloat16", kernels="native, avx2", tier_reason="x", load_seconds=9
     )
     assert (found.identical, found.same_fingerprint) == (True, False)
     assert [(change.name, change.expected, change.found) for change in found.changes] == [
+        ("kernels", "torch", "native, avx2"),
         ("dtype", "float32", "bfloat16"),
         ("numerics_fingerprint", "feedbeef", "0"),
     ]
-    assert render(found).splitlines()[1:3] == [
+    assert render(found).splitlines()[1:5] == [
+        "  here kernels is 'native, avx2', in the bundle 'torch'",
         "  here dtype is 'bfloat16', in the bundle 'float32'",
         "  here numerics_fingerprint is '0', in the bundle 'feedbeef'",
+        "  the system fingerprint is another one: other bits may be expected",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("chat_template_fingerprint", None),
+        ("chat_template_fingerprint", "other"),
+        ("generation_defaults", {}),
+        ("start_token_ids", (5,)),
+    ],
+)
+def test_what_a_request_was_made_by_is_no_change_once_it_is_recorded(name: str, value: object) -> None:
+    found = report(bundle(), text=msgspec.structs.replace(TEXT, **{name: value}))
+    assert (found.identical, found.same_fingerprint, found.changes) == (True, True, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "line"),
+    [
+        ("tokenizer_fingerprint", "x", "  here tokenizer_fingerprint is 'x', in the bundle '0123456789abcdef'"),
+        ("end_token_ids", (4,), "  here end_token_ids is (4,), in the bundle (2, 3)"),
+    ],
+)
+def test_what_makes_tokens_into_text_is(name: str, value: object, line: str) -> None:
+    found = report(bundle(), text=msgspec.structs.replace(TEXT, **{name: value}))
+    assert (found.same_fingerprint, [change.name for change in found.changes]) == (False, [name])
+    assert line in render(found)
 
 
 def test_a_difference_is_shown_in_its_place() -> None:

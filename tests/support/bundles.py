@@ -8,7 +8,7 @@ import msgspec
 
 from reprise.ipc.messages import EngineConfig
 from reprise.replay.bundle import Bundle, Choice, Generation, Logprobs
-from reprise.replay.facts import ServedModel, software
+from reprise.replay.facts import ServedModel, ServedText, software, system_fingerprint
 from reprise.types import GenerationRequest, SamplingParams, StopStrings
 from support.scripted_engine import READY
 
@@ -27,6 +27,13 @@ REQUEST = GenerationRequest(
     ),
     num_choices=2,
     stop=StopStrings(("stop",), include_in_output=True),
+)
+TEXT = ServedText(
+    tokenizer_fingerprint="0123456789abcdef",
+    end_token_ids=(2, 3),
+    start_token_ids=(1,),
+    chat_template_fingerprint="feedbeef",
+    generation_defaults={"top_k": 20, "temperature": 0.6},
 )
 
 
@@ -51,10 +58,11 @@ def bundle(**changes: Any) -> Bundle:
         endpoint="/v1/completions",
         created=1_700_000_000,
         outcome="complete",
-        system_fingerprint="fp_1",
+        system_fingerprint=system_fingerprint(ServedModel.of(READY), TEXT),
         software=software(),
         settings=EngineConfig(model="pocket", device="cpu"),
         model=ServedModel.of(READY),
+        text=TEXT,
         parameters={"prompt": "Hello", "n": 2},
         generations=[Generation(request=REQUEST, choices=[choice(10, 11, 12), choice(20, 21, 22)])],
     )

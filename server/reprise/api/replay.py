@@ -48,7 +48,6 @@ async def replay(request: Request) -> Response:
         requests = await service.text_threads.run(check_replayable, bundle.generations, served)
     except BundleError as error:
         raise _refusal(error, body) from None
-    fingerprint = service.fingerprint(info)
     with ExitStack() as undo:
         streams = []
         service.check_available()
@@ -56,12 +55,12 @@ async def replay(request: Request) -> Response:
             stream = service.engine.submit(generation)
             undo.callback(stream.close)
             streams.append(stream)
-        head = _head(bundle, requests, info, fingerprint)
+        head = _head(bundle, requests, info, service.fingerprint(info))
         submitted = Submitted(head, CompletionRequest(), requests, streams, ticket, digest=b"", owner=b"")
         running, reader = service.generations.begin(submitted)
         undo.pop_all()
     cleanup.callback(service.generations.leave, running, reader)
-    report = await unless_client_leaves(request, _report(service, served, bundle, requests, reader, info, fingerprint))
+    report = await unless_client_leaves(request, _report(service, served, bundle, requests, reader, info))
     return json_response(report)
 
 
@@ -110,7 +109,6 @@ async def _report(
     requests: list[GenerationRequest],
     reader: Reader,
     info: Ready,
-    fingerprint: str,
 ) -> Report:
     found, error = await collect(bundle, requests, reader)
     if error is not None and error.code == "request_timeout":
@@ -121,6 +119,6 @@ async def _report(
         found,
         error,
         info=info,
-        system_fingerprint=fingerprint,
+        text=service.text,
         spell=served.tokenizer.vocabulary.data,
     )

@@ -50,7 +50,7 @@ class Service:
         """Where responses are recorded, if they are."""
         if settings.bundle_dir is not None:
             self.bundles = store = BundleStore(settings.bundle_dir, max_bundles=settings.max_bundles)
-            self.generations.on_begin.append(recorder(store, settings, engine))
+            self.generations.on_begin.append(recorder(store, settings, engine, self.text))
             self.metrics.count("bundles_written", "Bundles written.", lambda: store.num_written)
             self.metrics.count("bundles_failed", "Bundles that could not be written.", lambda: store.num_failed)
         self.bundle_loads = asyncio.Semaphore(MAX_BUNDLE_LOADS)

@@ -16,7 +16,7 @@ import msgspec
 
 from reprise.errors import BundleError, GenerationError, UnavailableError
 from reprise.ipc.messages import EngineConfig
-from reprise.replay.facts import ServedModel, Software
+from reprise.replay.facts import ServedModel, ServedText, Software
 from reprise.types import ChoiceDelta, FinishReason, GenerationRequest, LogprobEntry, SamplingParams, StopStrings
 
 FORMAT = 2
@@ -101,8 +101,9 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     system_fingerprint: Annotated[str, msgspec.Meta(max_length=128)]
     software: Software
     settings: EngineConfig
-    """As the server was started, but device, dtype and tier as they were chosen, and the model as it was named."""
+    """As the server was started, but device, dtype, tier and kernels as they were chosen, and the model as named."""
     model: ServedModel
+    text: ServedText
     parameters: dict[str, Any]
     """The request's own fields, for the reader; nothing is computed from them."""
     generations: Annotated[list[Generation], msgspec.Meta(min_length=1)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 from functools import cache
 from importlib import metadata
@@ -14,6 +15,8 @@ from reprise.ipc.messages import Ready
 
 NO_CAUSE = frozenset({"python", "tier_reason", "deterministic_reason"})
 """Facts that no bit depends on."""
+_OF_REQUESTS = ("start_token_ids", "chat_template_fingerprint", "generation_defaults")
+"""Facts of texts that a request is made by, and that nothing depends on once it is recorded."""
 
 
 class Software(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -61,6 +64,10 @@ class ServedText(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     chat_template_fingerprint: str | None
     generation_defaults: dict[str, float | int]
 
+    def with_requests_of(self, recorded: ServedText) -> ServedText:
+        """These facts, but those that requests were made by as they were when one was recorded."""
+        return msgspec.structs.replace(self, **{name: getattr(recorded, name) for name in _OF_REQUESTS})
+
 
 @cache
 def software() -> Software:
@@ -74,4 +81,4 @@ def system_fingerprint(model: ServedModel, text: ServedText) -> str:
     """Changes exactly when answers may: with any of the facts that a bit may depend on."""
     parts: tuple[msgspec.Struct, ...] = (software(), model, text)
     facts = {name: getattr(part, name) for part in parts for name in part.__struct_fields__ if name not in NO_CAUSE}
-    return "fp_" + hashlib.sha256(msgspec.json.encode(facts, order="deterministic")).hexdigest()[:16]
+    return "fp_" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

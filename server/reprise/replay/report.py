@@ -10,7 +10,7 @@ from reprise.ipc.messages import Ready
 from reprise.printable import printable
 from reprise.replay.bundle import Bundle, Failure, Generation
 from reprise.replay.compare import ChoiceReport, Difference, Spell, Token, compare_generations
-from reprise.replay.facts import NO_CAUSE, ServedModel, software
+from reprise.replay.facts import NO_CAUSE, ServedModel, ServedText, software, system_fingerprint
 
 _WORDS = {
     "prompt_logprob": "log-probability of prompt token",
@@ -22,14 +22,15 @@ _WORDS = {
     "finish_reason": "finish reason after token",
     "stop_reason": "stop reason after token",
 }
+Fact = str | int | bool | tuple[int, ...]
 
 
 class Change(msgspec.Struct, frozen=True):
     """A fact that differs between the bundle and where it was run again."""
 
     name: str
-    expected: str | int | bool
-    found: str | int | bool
+    expected: Fact
+    found: Fact
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,7 +39,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     identical: bool
     same_fingerprint: bool
-    """Whether the system fingerprint is the bundle's. If not, other bits may be expected."""
+    """Whether the system fingerprint is the bundle's, the chat template and sampling defaults that the request was made
+    by aside. If not, other bits may be expected."""
     changes: list[Change]
     """Of the facts that bits may depend on, those that are different here."""
     expected_error: Failure | None
@@ -53,29 +55,31 @@ def make_report(
     found_error: Failure | None,
     *,
     info: Ready,
-    system_fingerprint: str,
+    text: ServedText,
     spell: Spell,
 ) -> Report:
-    """Compare a bundle with what another run of it gave, on the model that `info` tells of."""
+    """Compare a bundle with what another run of it gave, on the model that `info` and `text` tell of."""
+    model, text = ServedModel.of(info), text.with_requests_of(bundle.text)
     expected_error = bundle.error if bundle.outcome == "failed" else None
     codes = [None if error is None else error.code for error in (expected_error, found_error)]
     choices = compare_generations(bundle.generations, found, spell=spell)
     return Report(
         id=bundle.id,
         identical=codes[0] == codes[1] and all(choice.identical for choice in choices),
-        same_fingerprint=bundle.system_fingerprint == system_fingerprint,
-        changes=changes(bundle, info),
+        same_fingerprint=bundle.system_fingerprint == system_fingerprint(model, text),
+        changes=changes(bundle, model, text),
         expected_error=expected_error,
         found_error=found_error,
         choices=choices,
     )
 
 
-def changes(bundle: Bundle, info: Ready) -> list[Change]:
+def changes(bundle: Bundle, model: ServedModel, text: ServedText) -> list[Change]:
     """What differs from the bundle's circumstances where it is run now."""
     pairs: tuple[tuple[msgspec.Struct, msgspec.Struct], ...] = (
         (bundle.software, software()),
-        (bundle.model, ServedModel.of(info)),
+        (bundle.model, model),
+        (bundle.text, text),
     )
     return [
         Change(name, expected, found)
