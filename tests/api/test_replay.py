@@ -287,6 +287,31 @@ async def test_an_unknown_id_is_not_found(
     assert (response.status_code, response.json()["error"]["code"]) == (404, "bundle_not_found")
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": 2}', '{"format": 1}', None], ids=str)
+async def test_a_file_that_is_no_bundle_is_the_servers_fault_and_its_place_a_secret(
+    recording: AbstractAsyncContextManager[Loopback],
+    directory: Path,
+    caplog: pytest.LogCaptureFixture,
+    content: str | None,
+) -> None:
+    async with recording as server:
+        path = directory / "cmpl-1.json"
+        if content is None:
+            path.mkdir()
+        else:
+            path.write_text(content)
+        response = await server.post("/v1/replay", {"id": "cmpl-1"})
+        error = response.json()["error"]
+        assert (response.status_code, error["type"], error["code"]) == (500, "server_error", "bundle_unreadable")
+        assert str(directory) not in response.text
+        assert "cmpl-1.json" not in response.text
+        (record,) = [record for record in caplog.records if record.name == "reprise.api.replay"]
+        assert record.levelname == "ERROR"
+        assert str(path) in record.message
+        assert response.headers["x-request-id"] in record.message
+        await eventually(lambda: server.app.state.service.admission.num_reserved == 0)
+
+
 @pytest.mark.parametrize(
     ("body", "param", "message"),
     [

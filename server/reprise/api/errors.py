@@ -10,7 +10,7 @@ GenerationError         500     server_error           the error's own word     
   "capacity"            503                                                         yes
   "request_timeout"     504                                                         no
   "no_admissible_token" 400     invalid_request_error: the request's masks contradict each other
-HttpError               its own: 401, 404, 405, 408, 409, 413, 415, 421, 422, 431
+HttpError               its own: 401, 404, 405, 408, 409, 413, 415, 421, 422, 431, 500
 anything else           500     server_error           internal_error               yes
 """
 

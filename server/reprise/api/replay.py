@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from contextlib import ExitStack
 
@@ -25,11 +26,14 @@ from reprise.replay.report import Report, make_report
 from reprise.replay.run import collect
 from reprise.types import GenerationRequest
 
+logger = logging.getLogger(__name__)
+
 
 async def replay(request: Request) -> Response:
     """The report on a response's replay: identical, or where it first differs.
 
-    Raises InvalidRequestError for a bundle that no client could have asked for, HttpError 404 where there is none.
+    Raises InvalidRequestError for a bundle that no client could have asked for, HttpError 404 where there is none, and
+    500 where the server's own cannot be read.
     """
     service: Service = request.app.state.service
     cleanup: ExitStack = request.scope["state"]["cleanup"]
@@ -39,7 +43,7 @@ async def replay(request: Request) -> Response:
     place = service.admission.reserve(1)
     cleanup.callback(place.release)
     async with service.bundle_loads:
-        bundle = await _bundle_of(body, service)
+        bundle = await _bundle_of(body, service, request.scope["state"]["request_id"])
     place.release()
     ticket = service.admission.reserve(len(bundle.choices))
     cleanup.callback(ticket.release)
@@ -64,23 +68,28 @@ async def replay(request: Request) -> Response:
     return json_response(report)
 
 
-async def _bundle_of(body: ReplayRequest, service: Service) -> Bundle:
+async def _bundle_of(body: ReplayRequest, service: Service, request_id: str) -> Bundle:
     """The bundle that a request brings or names."""
     if (body.id is None) == (body.bundle is None):
         raise InvalidRequestError("Give either 'id' or 'bundle'.", param="id")
-    try:
-        if body.bundle is not None:
+    if body.bundle is not None:
+        try:
             return await service.text_threads.run(convert, body.bundle, source="'bundle'")
-        if service.bundles is None:
-            raise InvalidRequestError(
-                "This server keeps no bundles. Send the bundle itself as 'bundle', or start the server with"
-                " --bundle-dir.",
-                param="id",
-                code="bundles_off",
-            )
+        except BundleError as error:
+            raise _refusal(error, body) from None
+    if service.bundles is None:
+        raise InvalidRequestError(
+            "This server keeps no bundles. Send the bundle itself as 'bundle', or start the server with --bundle-dir.",
+            param="id",
+            code="bundles_off",
+        )
+    try:
         bundle = await service.bundles.get(body.id or "")
     except BundleError as error:
-        raise _refusal(error, body) from None
+        # Its message has the path of the file, which is nobody's business but the operator's.
+        logger.error("request %s: %s", request_id, error)
+        message = f"The bundle of that response cannot be read. The server's log has the cause under {request_id}."
+        raise HttpError(500, message, code="bundle_unreadable", headers={"x-should-retry": "false"}) from None
     if bundle is None:
         raise HttpError(404, "There is no bundle of that response here.", code="bundle_not_found")
     return bundle
