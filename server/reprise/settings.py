@@ -114,6 +114,9 @@ class Settings(BaseModel):
     kernels: Literal["auto", "native", "torch"] = _setting(
         "auto", "Model", "What computes on a CPU; auto is the native decoder where it equals the model."
     )
+    quantize: Literal["none", "int8", "int4"] = _setting(
+        "none", "Model", "Round weights to so many bits at load; needs the native decoder."
+    )
     max_model_len: OptionalCount = _setting(
         None, "Model", "Tokens of a request at most, prompt and output; at most the model's own context."
     )

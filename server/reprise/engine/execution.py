@@ -80,8 +80,15 @@ def choose_execution(
         refusal = native_refusal(model, config, tier)
         if config.kernels == "native" and refusal:
             raise ModelLoadError(f"--kernels native was asked for, but {refusal}")
+        if config.quantize != "none" and refusal:
+            raise ModelLoadError(
+                f"--quantize {config.quantize} was asked for, which the native decoder does: {refusal}"
+            )
         paged = torch_paged if refusal else native_paged
         return paged(model, config, tier, max_model_len, device)
+    if config.quantize != "none":
+        paged = "which the native decoder does, on the paged tier"
+        raise ModelLoadError(f"--quantize {config.quantize} was asked for, {paged}: {tier.reason}")
     if config.deterministic:
         return alone(model, config, tier, max_model_len, device)
     return padded(model, config, tier, max_model_len, device)
@@ -102,7 +109,7 @@ def native_refusal(model: PreTrainedModel, config: EngineConfig, tier: GateResul
         return "--kernels torch was asked for"
     if config.kernels == "auto" and config.deterministic is False:
         return "--no-deterministic was asked for, and the native decoder repeats in any case"
-    return unsupported(model) or native_layers_gate(model, _windows(tier))
+    return unsupported(model, config.quantize) or native_layers_gate(model, _windows(tier))
 
 
 def native_paged(
@@ -110,7 +117,7 @@ def native_paged(
 ) -> Execution:
     block_size = -(-config.block_size // BLOCK) * BLOCK
     pool = size_pool(config, paged_bytes_per_token(tier), max_model_len, device, block_size)
-    gate = NativeGate(model)
+    gate = NativeGate(model, config.quantize)
     context = NativeContext(torch.get_num_threads())
     decoder = NativeDecoder(
         model,
@@ -118,6 +125,7 @@ def native_paged(
         num_blocks=max(pool.num_tokens // BLOCK, NUM_CHECK_BLOCKS, gate.num_blocks),
         max_positions=max(max_model_len, gate.num_positions),
         context=context,
+        quantize=config.quantize,
         release=True,
     )
     checker = NativeRunner(decoder, BLOCK)
@@ -127,7 +135,7 @@ def native_paged(
     return Execution(
         tier="paged",
         reason=tier.reason,
-        kernels=f"native, {context.variant}",
+        kernels=", ".join(["native", context.variant, *([config.quantize] if config.quantize != "none" else [])]),
         pool=pool,
         limits=paged_limits(config),
         runner=NativeRunner(decoder, block_size),

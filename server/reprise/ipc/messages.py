@@ -26,6 +26,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     tier: Literal["auto", "paged", "padded"] = "auto"
     kernels: Literal["auto", "native", "torch"] = "auto"
     """Of the paged tier on a CPU."""
+    quantize: Literal["none", "int8", "int4"] = "none"
+    """What the native decoder rounds weights to."""
     max_model_len: int | None = None
     max_num_seqs: int = 64
     """Sequences that run in one step at most."""

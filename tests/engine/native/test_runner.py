@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from reprise.engine.native.decoder import BLOCK, NativeDecoder, unsupported
+from reprise.engine.native.decoder import BLOCK, NativeDecoder, Quantization, unsupported
 from reprise.engine.native.library import NativeContext, built_variants
 from reprise.engine.native.runner import NativeRunner
 from reprise.engine.scheduler import ScheduledSequence
@@ -29,7 +29,7 @@ CONFIGS: dict[str, tuple[Any, int | None]] = {
     "llama, one query a key": (transformers.LlamaConfig(**{**SHAPE, "num_key_value_heads": 6}), None),
     "mistral, window": (transformers.MistralConfig(**SHAPE, sliding_window=50), 50),
     "qwen2": (transformers.Qwen2Config(**SHAPE), None),
-    "qwen3": (transformers.Qwen3Config(**SHAPE, head_dim=64), None),
+    "qwen3": (transformers.Qwen3Config(**{**SHAPE, "intermediate_size": 224}, head_dim=64), None),
 }
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -53,11 +53,12 @@ def runner_of(
     threads: int = 2,
     block_size: int = BLOCK,
     variant: str | None = None,
+    quantize: Quantization = "none",
 ) -> NativeRunner:
-    assert not unsupported(model)
+    assert not unsupported(model, quantize)
     windows = [window] * SHAPE["num_hidden_layers"]
     context = NativeContext(threads, variant)
-    decoder = NativeDecoder(model, windows, num_blocks=64, max_positions=512, context=context)
+    decoder = NativeDecoder(model, windows, num_blocks=64, max_positions=512, context=context, quantize=quantize)
     return NativeRunner(decoder, block_size)
 
 
@@ -98,14 +99,20 @@ def test_its_logits_are_the_models(name: str, dtype: torch.dtype, variant: str) 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "quantize"),
+    [*((name, "none") for name in CONFIGS), ("qwen3", "int8"), ("qwen3", "int4"), ("llama, tied, heads of 80", "int8")],
+)
 @pytest.mark.parametrize("variant", built_variants())
-def test_a_rows_bits_do_not_depend_on_its_company(name: str, dtype: torch.dtype, variant: str) -> None:
+def test_a_rows_bits_do_not_depend_on_its_company(
+    name: str, quantize: Quantization, dtype: torch.dtype, variant: str
+) -> None:
     model, window = build(name, dtype), CONFIGS[name][1]
     ids, other = prompt(200, 1), prompt(90, 2)
-    alone = rows(runner_of(model, window, variant=variant), (sequence_of(1, ids, list(range(20))), 0, 200))
+    whole = runner_of(model, window, variant=variant, quantize=quantize)
+    alone = rows(whole, (sequence_of(1, ids, list(range(20))), 0, 200))
     for threads, block_size in ((1, BLOCK), (2, 2 * BLOCK)):
-        runner = runner_of(model, window, threads=threads, block_size=block_size, variant=variant)
+        runner = runner_of(model, window, threads=threads, block_size=block_size, variant=variant, quantize=quantize)
         mine = sequence_of(1, ids, list(range(30, 14, -1)))
         found = []
         for start, end in ((0, 1), (1, 3), (3, 16), (16, 17), (17, 60), (60, 129), (129, 130), (130, 200)):

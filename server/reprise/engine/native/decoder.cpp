@@ -3,160 +3,40 @@
 // A row's bits do not depend on its company. Every sum has one order: a matrix product runs over the whole inner
 // dimension in one register for each output; attention runs over the keys from the sequence's start, CHUNK by CHUNK;
 // which rows share a register tile or a thread changes nothing of that.
-//
-// Weights are packed into panels of 32 columns (see Panels), so that a product reads them as one stream. PAIR neighbours
-// along the inner dimension lie together: two for bfloat16, where one instruction takes both, one for float32.
 
 #include <stdlib.h>
 
-#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "context.h"
-#include "vectors.h"
+#include "products.h"
 
 namespace {
 
-constexpr int PANEL = 32;   // columns of a panel of weights
 constexpr int BLOCK = 16;   // tokens of a block of keys or values
 constexpr int CHUNK = 128;  // keys between two corrections of the running maximum
-constexpr int TILE = NUM_SUMS >= 24 ? 12 : 6;      // rows of a register tile of a product, and of scores
 constexpr int WIDE = NUM_SUMS >= 24 ? 4 : 2;       // groups of a register tile of weighted values
 constexpr int WIDE_TILE = NUM_SUMS >= 24 ? 6 : 3;  // its rows
-
-// A number format. `element` is what weights, keys and values are kept in, `operand` what is multiplied with them. Of
-// PAIR neighbours along the inner dimension, `factor` gives those of one PART in sixteen columns.
-struct BFloat16 {
-  typedef uint16_t element;
-  static constexpr int PAIR = 2;
-#if defined(__AVX512BF16__)
-  typedef uint16_t operand;
-  static constexpr int PARTS = 1;
-  template <int PART> static inline __m512bh factor(const element* p) { return (__m512bh)load<words>(p); }
-  template <int PART> static inline __m512bh spread(const operand* x) {
-    int32_t w;
-    memcpy(&w, x, 4);
-    return (__m512bh)_mm512_set1_epi32(w);
-  }
-  static inline floats add_products(floats acc, __m512bh a, __m512bh b) { return (floats)_mm512_dpbf16_ps((__m512)acc, a, b); }
-  static inline void put(operand* p, floats v) { put_bfloat16(p, v); }
-#else
-  typedef float operand;
-  static constexpr int PARTS = 2;
-  template <int PART> static inline floats factor(const element* p) {
-    words both = load<words>(p);
-    return bits_as<floats>(PART ? both & 0xffff0000u : both << 16);
-  }
-  template <int PART> static inline floats spread(const operand* x) { return splat(x[PART]); }
-  static inline floats add_products(floats acc, floats a, floats b) { return acc + a * b; }
-  static inline void put(operand* p, floats v) { store(p, v); }
-#endif
-  static inline float value(element e) { uint32_t w = (uint32_t)e << 16; float f; memcpy(&f, &w, 4); return f; }
-  static inline element element_of(float f) { return to_bfloat16(f); }
-};
-
-struct Float32 {
-  typedef float element;
-  typedef float operand;
-  static constexpr int PAIR = 1;
-  static constexpr int PARTS = 1;
-  template <int PART> static inline floats factor(const element* p) { return load<floats>(p); }
-  template <int PART> static inline floats spread(const operand* x) { return splat(*x); }
-  static inline floats add_products(floats acc, floats a, floats b) { return acc + a * b; }
-  static inline void put(operand* p, floats v) { store(p, v); }
-  static inline float value(element e) { return e; }
-  static inline element element_of(float f) { return f; }
-};
-
-// Where a weight lies. Its two groups of 16 columns are side by side, [inner / PAIR][32][PAIR], where a tile takes both at
-// once; else one after the other, each [inner / PAIR][16][PAIR].
-template <class T> struct Panels {
-  static constexpr bool SIDE_BY_SIDE = NUM_SUMS >= 24;
-  static constexpr long STEP = (SIDE_BY_SIDE ? PANEL : LANES) * T::PAIR;
-  static long to_next_group(long inner) { return SIDE_BY_SIDE ? LANES * T::PAIR : LANES * inner; }
-  static long place(long column, long k, long inner) {
-    long lane = column % PANEL;
-    return column / PANEL * PANEL * inner + lane / LANES * to_next_group(inner) + k / T::PAIR * STEP + lane % LANES * T::PAIR +
-           k % T::PAIR;
-  }
-};
-
-// ---- matrix products ------------------------------------------------------------------------------------------
-
-// sums[ROWS][GROUPS] += ROWS rows of x times GROUPS groups of 16 columns, over num_inner pairs. `step` elements lie from
-// one pair to the next, and `to_next_group` from one group to the next.
-template <class T, int ROWS, int GROUPS>
-inline __attribute__((always_inline)) void add_columns(const typename T::operand* x, long stride,
-                                                       const typename T::element* columns, long step, long to_next_group,
-                                                       long num_inner, floats (&sums)[ROWS][GROUPS]) {
-  auto add = [&](auto part, long k) __attribute__((always_inline)) {
-    decltype(T::template factor<part()>(columns)) factors[GROUPS];
-#pragma GCC unroll 4
-    for (int g = 0; g < GROUPS; g++) factors[g] = T::template factor<part()>(columns + k * step + g * to_next_group);
-#pragma GCC unroll 12
-    for (int i = 0; i < ROWS; i++) {
-      auto a = T::template spread<part()>(x + i * stride + k * T::PAIR);
-#pragma GCC unroll 4
-      for (int g = 0; g < GROUPS; g++) sums[i][g] = T::add_products(sums[i][g], a, factors[g]);
-    }
-  };
-  for (long k = 0; k < num_inner; k++) {
-    if (ROWS <= 4) {
-      for (int g = 0; g < GROUPS; g++) __builtin_prefetch((const char*)(columns + k * step + g * to_next_group) + 4096);
-    }
-    add(std::integral_constant<int, 0>{}, k);
-    if (T::PARTS > 1) {
-      // Has the columns read again, since there are not registers for both parts.
-      if (REGISTER_BYTES == 32) asm("" : "+r"(columns));
-      add(std::integral_constant<int, T::PARTS - 1>{}, k);
-    }
-  }
-}
-
-template <int ROWS, class F> inline void in_tiles_left(long num_rows, long m, const F& f) {
-  if (num_rows == ROWS) f(std::integral_constant<int, ROWS>{}, m);
-  else if constexpr (ROWS > 1) in_tiles_left<ROWS - 1>(num_rows, m, f);
-}
-
-// f(number of rows, first row) for tiles of MOST rows, and for one of those that are left over. The number is a constant.
-template <int MOST, class F> inline void in_tiles(long num_rows, const F& f) {
-  long m = 0;
-  for (; m + MOST <= num_rows; m += MOST) f(std::integral_constant<int, MOST>{}, m);
-  if constexpr (MOST > 1) {
-    if (m < num_rows) in_tiles_left<MOST - 1>(num_rows - m, m, f);
-  }
-}
-
-// Rows of x times a panel. `apply(row, left, right)` takes the sums of its two groups.
-template <class T, class F>
-inline void rows_times_panel(const typename T::operand* x, long stride, const typename T::element* panel, long inner,
-                             long num_rows, F apply) {
-  long step = Panels<T>::STEP, num_inner = inner / T::PAIR, next = Panels<T>::to_next_group(inner);
-  in_tiles<TILE>(num_rows, [&](auto count, long m) {
-    constexpr int ROWS = count();
-    if constexpr (2 * ROWS <= NUM_SUMS - (T::PARTS > 1 ? 2 : 0)) {
-      floats sums[ROWS][2] = {};
-      add_columns<T, ROWS, 2>(x + m * stride, stride, panel, step, next, num_inner, sums);
-      for (int i = 0; i < ROWS; i++) apply(m + i, sums[i][0], sums[i][1]);
-    } else {
-      floats left[ROWS][1] = {}, right[ROWS][1] = {};
-      add_columns<T, ROWS, 1>(x + m * stride, stride, panel, step, next, num_inner, left);
-      add_columns<T, ROWS, 1>(x + m * stride, stride, panel + next, step, next, num_inner, right);
-      for (int i = 0; i < ROWS; i++) apply(m + i, left[i][0], right[i][0]);
-    }
-  });
-}
 
 }  // namespace
 
 extern "C" {
 
+enum Format { FULL = 0, INT8 = 1, INT4 = 2 };
+
+// A packed weight [columns, inner].
+struct Matrix {
+  const void* data;
+  const float* scales;           // [columns] of INT8, else null
+  int64_t format;                // FULL: as keys and values
+};
+
 struct LayerWeights {
-  const void* query_key_value;   // packed [(heads + 2 kv_heads) * head_dim, hidden]
-  const void* output;            // packed [hidden, heads * head_dim]
-  const void* gate_up;           // packed, 16 columns of gate beside 16 of up
-  const void* down;              // packed [hidden, intermediate]
+  Matrix query_key_value;        // [(heads + 2 kv_heads) * head_dim, hidden]
+  Matrix output;                 // [hidden, heads * head_dim]
+  Matrix gate_up;                // 16 columns of gate beside 16 of up
+  Matrix down;                   // [hidden, intermediate]
   const float* query_key_value_bias;  // or null
   const float* input_norm;       // [hidden]
   const float* post_norm;        // [hidden]
@@ -171,8 +51,8 @@ struct Decoder {
   int64_t hidden, intermediate, num_heads, num_kv_heads, head_dim, vocab, num_layers;
   float epsilon, scale;
   const LayerWeights* layers;
-  const void* embedding;         // packed [vocab, hidden]
-  const void* output;            // packed [vocab, hidden]
+  Matrix embedding;              // [vocab, hidden], not INT4
+  Matrix output;                 // [vocab, hidden]
   const float* final_norm;
   const float* cosines;          // [positions][head_dim / 2]
   const float* sines;
@@ -196,15 +76,34 @@ struct Step {
 
 namespace {
 
+// Where rows of a weight go among the columns of what is packed: from `first` on, or group by group into every second
+// group, beginning with the one at `offset`.
+struct Columns {
+  long first, group, offset;
+  long of(long row) const { return first + (group ? row / group * 2 * group + offset + row % group : row); }
+};
+
 template <class T>
-void pack(const typename T::element* weight, long num_rows, long inner, typename T::element* packed, long first_column,
-          long group, long offset) {
-  // Row r of the weight becomes column first_column + (r / group) * (2 * group) + offset + r % group where group > 0.
-  for (long r = 0; r < num_rows; r++) {
-    long column = first_column + (group ? r / group * 2 * group + offset + r % group : r);
-    auto* first = packed + Panels<T>::place(column, 0, inner);
-    for (long k = 0; k < inner; k++) first[k / T::PAIR * Panels<T>::STEP + k % T::PAIR] = weight[r * inner + k];
+void pack(const typename T::element* weight, long row, long inner, void* packed, long column, float* scales, long format) {
+  if (format == FULL) {
+    auto* first = (typename T::element*)packed + Panels<T>::place(column, 0, inner);
+    for (long k = 0; k < inner; k++) first[k / T::PAIR * Panels<T>::STEP + k % T::PAIR] = weight[row * inner + k];
+    return;
   }
+  std::vector<float> values(inner);
+  float most = 0;
+  for (long k = 0; k < inner; k++) {
+    values[k] = T::value(weight[row * inner + k]);
+    most = fabsf(values[k]) > most ? fabsf(values[k]) : most;
+  }
+  if (format == INT4) {
+    int4::pack(values.data(), inner, (uint8_t*)packed, column);
+    return;
+  }
+  float inverse = most > 0 ? Int8::MOST / most : 0;
+  auto* first = (int8_t*)packed + Panels<Int8>::place(column, 0, inner);
+  for (long k = 0; k < inner; k++) first[k * Panels<Int8>::STEP] = (int8_t)lrintf(values[k] * inverse);
+  scales[column] = most / Int8::MOST;
 }
 
 template <class T> struct Runner {
@@ -214,9 +113,8 @@ template <class T> struct Runner {
   const Step& s;
   Pool& pool;
 
-  // One product: tasks are pairs of a run of panels and a run of rows.
-  template <class F> void product(const operand* x, long inner, const void* weights, long columns, long num_rows, F apply) {
-    if (num_rows == 0) return;
+  // One product: tasks are pairs of a run of panels and a run of rows, which f(panel, first row, number of rows) computes.
+  template <class F> void in_tasks(long columns, long num_rows, const F& f) {
     long num_panels = divide_up(columns, PANEL);
     long row_chunk = num_rows <= 96 ? num_rows : 96;
     long row_tasks = divide_up(num_rows, row_chunk);
@@ -226,9 +124,56 @@ template <class T> struct Runner {
     pool.run(panel_tasks * row_tasks, [&](long task, int) {
       long first = task / row_tasks * panel_chunk, last = first + panel_chunk < num_panels ? first + panel_chunk : num_panels;
       long m = task % row_tasks * row_chunk, count = m + row_chunk < num_rows ? row_chunk : num_rows - m;
-      for (long p = first; p < last; p++)
-        rows_times_panel<T>(x + m * inner, inner, (const element*)weights + p * PANEL * inner, inner, count,
+      for (long p = first; p < last; p++) f(p, m, count);
+    });
+  }
+
+  // What rows become before they meet quantised weights.
+  struct Rounded {
+    float* values;
+    int8_t* numbers;
+    float* scales;
+    int32_t* sums;
+    int4::Row* rows;
+  };
+  Rounded rounded{};
+
+  static float number(operand x) { if constexpr (std::is_same_v<operand, float>) return x; else return T::value(x); }
+
+  template <class F> void product(const operand* x, long inner, const Matrix& weights, long columns, long num_rows, F apply) {
+    if (num_rows == 0) return;
+    if (weights.format == FULL) {
+      in_tasks(columns, num_rows, [&](long p, long m, long count) {
+        rows_times_panel<T>(x + m * inner, inner, (const element*)weights.data + p * PANEL * inner, inner, count,
                             [&](long row, floats left, floats right) { apply(m + row, p, left, right); });
+      });
+      return;
+    }
+    const float* values = rounded.values;
+    if constexpr (std::is_same_v<operand, float>) values = x;
+    pool.run(divide_up(num_rows, 4), [&](long task, int) {
+      for (long t = task * 4; t < num_rows && t < task * 4 + 4; t++) {
+        if (values != (const float*)x)
+          for (long i = 0; i < inner; i++) rounded.values[t * inner + i] = number(x[t * inner + i]);
+        if (weights.format != INT4) continue;
+        long groups = inner / int4::GROUP;
+        rounded.rows[t] = {rounded.numbers + t * inner, rounded.scales + t * groups, rounded.sums + t * groups};
+        int4::round_row(values + t * inner, inner, rounded.numbers + t * inner, rounded.scales + t * groups, rounded.sums + t * groups);
+      }
+    });
+    if (weights.format == INT4) {
+      in_tasks(columns, num_rows, [&](long p, long m, long count) {
+        int4::rows_times_panel(rounded.rows + m, (const uint8_t*)weights.data + p * 2 * int4::strip_bytes(inner), inner, count,
+                               [&](long row, floats left, floats right) { apply(m + row, p, left, right); });
+      });
+      return;
+    }
+    in_tasks(columns, num_rows, [&](long p, long m, long count) {
+      const float* scales = weights.scales + p * PANEL;
+      rows_times_panel<Int8>(values + m * inner, inner, (const int8_t*)weights.data + p * PANEL * inner, inner, count,
+                             [&](long row, floats left, floats right) {
+                               apply(m + row, p, left * load<floats>(scales), right * load<floats>(scales + LANES));
+                             });
     });
   }
 
@@ -255,7 +200,12 @@ template <class T> struct Runner {
   }
 
   void embed(long token, float* out) const {
-    auto* first = (const element*)d.embedding + Panels<T>::place(token, 0, d.hidden);
+    if (d.embedding.format == INT8) {
+      auto* first = (const int8_t*)d.embedding.data + Panels<Int8>::place(token, 0, d.hidden);
+      for (long k = 0; k < d.hidden; k++) out[k] = first[k * Panels<Int8>::STEP] * d.embedding.scales[token];
+      return;
+    }
+    auto* first = (const element*)d.embedding.data + Panels<T>::place(token, 0, d.hidden);
     for (long k = 0; k < d.hidden; k++) out[k] = T::value(first[k / T::PAIR * Panels<T>::STEP + k % T::PAIR]);
   }
 
@@ -386,6 +336,16 @@ template <class T> struct Runner {
     operand* activated = memory.take<operand>(n * d.intermediate);
     operand* last = memory.take<operand>(s.num_logit_rows * hidden);
     Scratch* scratch = memory.take<Scratch>(pool.size());
+    long widest = d.intermediate > query_size ? d.intermediate : query_size;
+    if (widest < hidden) widest = hidden;
+    bool quantised = d.layers[0].down.format != FULL || d.output.format != FULL;
+    if (quantised && !std::is_same_v<operand, float>) rounded.values = memory.take<float>(n * widest);
+    if (d.layers[0].down.format == INT4) {
+      rounded.numbers = memory.take<int8_t>(n * widest);
+      rounded.scales = memory.take<float>(n * widest / int4::GROUP);
+      rounded.sums = memory.take<int32_t>(n * widest / int4::GROUP);
+      rounded.rows = memory.take<int4::Row>(n);
+    }
     if (counting) return;
 
     // Tokens that go into one block belong to one task, since the first of them clears the block.
@@ -473,7 +433,7 @@ template <class T> struct Runner {
 };
 
 template <class T> void forward(Context& context, const Decoder& decoder, const Step& step) {
-  Runner<T> runner{decoder, step, context.pool};
+  Runner<T> runner{decoder, step, context.pool, {}};
   Workspace sizes(nullptr);
   runner.run(sizes, true);
   Workspace memory(context.reserve(sizes.used + ALIGNMENT));
@@ -500,18 +460,28 @@ Context* reprise_create(int num_threads) {
 
 void reprise_destroy(Context* context) { delete context; }
 
+// Bytes that a weight of so many columns takes when it is packed.
+int64_t reprise_packed_bytes(int64_t columns, int64_t inner, int64_t format, int element_size) {
+  int64_t padded = divide_up(columns, PANEL) * PANEL;
+  if (format == INT4) return padded / LANES * int4::strip_bytes(inner);
+  return padded * inner * (format == INT8 ? 1 : element_size);
+}
+
 // Puts rows of a weight [num_rows, inner] into panels as the columns from first_column on; where group is not 0,
 // group by group into every second group of columns, beginning with the one at offset.
-void reprise_pack(Context* context, const void* weight, int64_t num_rows, int64_t inner, void* packed, int64_t first_column,
-                  int64_t group, int64_t offset, int element_size) {
-  const long rows = 64;  // a multiple of every group, so that a task's rows begin one
-  context->pool.run(divide_up(num_rows, rows), [&](long task, int) {
-    long r = task * rows, count = num_rows - r < rows ? num_rows - r : rows;
-    long first = first_column + (group ? 2 * r : r);
-    if (element_size == 2)
-      pack<BFloat16>((const uint16_t*)weight + r * inner, count, inner, (uint16_t*)packed, first, group, offset);
-    else
-      pack<Float32>((const float*)weight + r * inner, count, inner, (float*)packed, first, group, offset);
+int reprise_pack(Context* context, const void* weight, int64_t num_rows, int64_t inner, void* packed, int64_t first_column,
+                 int64_t group, int64_t offset, float* scales, int64_t format, int element_size) {
+  return guarded([&] {
+    const long rows = 64;
+    Columns columns{first_column, group, offset};
+    context->pool.run(divide_up(num_rows, rows), [&](long task, int) {
+      for (long r = task * rows; r < num_rows && r < task * rows + rows; r++) {
+        if (element_size == 2)
+          pack<BFloat16>((const uint16_t*)weight, r, inner, packed, columns.of(r), scales, format);
+        else
+          pack<Float32>((const float*)weight, r, inner, packed, columns.of(r), scales, format);
+      }
+    });
   });
 }
 

@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from reprise.engine.native.library import Decoder, LayerWeights, NativeContext, Step, built_variants, check_outcome
+from reprise.engine.native.library import (
+    FORMATS,
+    Decoder,
+    LayerWeights,
+    Matrix,
+    NativeContext,
+    Step,
+    built_variants,
+    check_outcome,
+)
 
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 BLOCK = 16
@@ -23,9 +32,13 @@ GROUP = 16
 MAX_HEAD_DIM = 256
 MAX_QUERY_GROUP = 48
 _MULTIPLE = 16
+_INT4_MULTIPLE = 32
+
+Quantization = Literal["none", "int8", "int4"]
+"""What weights are rounded to: eight bits with a scale for each output, or four with one for each 32 inputs."""
 
 
-def unsupported(model: PreTrainedModel) -> str:
+def unsupported(model: PreTrainedModel, quantize: Quantization = "none") -> str:
     """Why the native decoder cannot run this model; empty where it can."""
     if not built_variants():
         return "the native decoder was not built for this CPU"
@@ -43,6 +56,11 @@ def unsupported(model: PreTrainedModel) -> str:
     sizes = (config.hidden_size, config.intermediate_size, attention.head_dim)
     if any(size % _MULTIPLE for size in sizes) or attention.head_dim > MAX_HEAD_DIM:
         return f"the native decoder takes sizes that are multiples of {_MULTIPLE}, not {sizes}"
+    if quantize == "int4" and any(
+        size % _INT4_MULTIPLE
+        for size in (config.hidden_size, config.intermediate_size, attention.head_dim * config.num_attention_heads)
+    ):
+        return f"int4 takes sizes that are multiples of {_INT4_MULTIPLE}, not {sizes}"
     if config.num_attention_heads > MAX_QUERY_GROUP * config.num_key_value_heads:
         return "the native decoder has no query groups of that size"
     if parts.rotary_emb(torch.zeros(1), torch.zeros(1, 1, dtype=torch.int64))[0].shape[-1] != attention.head_dim:
@@ -53,8 +71,9 @@ def unsupported(model: PreTrainedModel) -> str:
 class NativeDecoder:
     """The weights of a model, packed, with keys and values for `num_blocks` blocks of BLOCK tokens.
 
-    `windows`: the sliding window of each layer, None for everything. `release`: give up each weight of the model as
-    soon as it is packed, so that the memory holds one copy; the model is of no use after that.
+    `windows`: the sliding window of each layer, None for everything. `quantize`: what weights are rounded to; the
+    embeddings and the output matrix to no less than eight bits. `release`: give up each weight of the model as soon as
+    it is packed, so that the memory holds one copy; the model is of no use after that.
     """
 
     def __init__(
@@ -65,9 +84,11 @@ class NativeDecoder:
         num_blocks: int,
         max_positions: int,
         context: NativeContext,
+        quantize: Quantization = "none",
         release: bool = False,
     ) -> None:
         self._context = context
+        self._quantize: Quantization = quantize
         self._release = release
         self._dtype = model.dtype
         self._element_size = model.dtype.itemsize
@@ -84,7 +105,8 @@ class NativeDecoder:
         for layer, weights, window in zip(parts.layers, layers, windows, strict=True):
             self._fill(layer, weights, window, num_blocks, config.num_key_value_heads * head_dim)
         tied = head.weight.data_ptr() == parts.embed_tokens.weight.data_ptr()
-        embedding = self._packed([parts.embed_tokens.weight])
+        finest: Quantization = "none" if quantize == "none" else "int8"
+        embedding = self._packed([parts.embed_tokens.weight], finest)
         positions = torch.arange(max_positions)[None]
         cosines, sines = parts.rotary_emb(torch.zeros(1), positions)
         self._decoder = Decoder(
@@ -99,7 +121,7 @@ class NativeDecoder:
             scale=parts.layers[0].self_attn.scaling,
             layers=layers,
             embedding=embedding,
-            output=embedding if tied else self._packed([head.weight]),
+            output=embedding if tied else self._packed([head.weight], finest),
             final_norm=self._float32([parts.norm.weight]),
             cosines=self._float32([cosines[0, :, : head_dim // 2]]),
             sines=self._float32([sines[0, :, : head_dim // 2]]),
@@ -119,10 +141,11 @@ class NativeDecoder:
     def _fill(self, layer: Any, weights: LayerWeights, window: int | None, num_blocks: int, size_of_token: int) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        weights.query_key_value = self._packed([projection.weight for projection in projections])
-        weights.output = self._packed([attention.o_proj.weight])
-        weights.gate_up = self._packed([mlp.gate_proj.weight, mlp.up_proj.weight], interleaved=True)
-        weights.down = self._packed([mlp.down_proj.weight])
+        quantize = self._quantize
+        weights.query_key_value = self._packed([projection.weight for projection in projections], quantize)
+        weights.output = self._packed([attention.o_proj.weight], quantize)
+        weights.gate_up = self._packed([mlp.gate_proj.weight, mlp.up_proj.weight], quantize, interleaved=True)
+        weights.down = self._packed([mlp.down_proj.weight], quantize)
         if projections[0].bias is not None:
             weights.query_key_value_bias = self._float32([projection.bias for projection in projections])
         weights.input_norm = self._float32([layer.input_layernorm.weight])
@@ -134,22 +157,28 @@ class NativeDecoder:
         weights.values = self._zeros(num_blocks * BLOCK * size_of_token)
         weights.window = window or 0
 
-    def _packed(self, weights: Sequence[nn.Parameter], *, interleaved: bool = False) -> int:
-        """The address of weights [rows, inner] as one, their rows one after the other or (of two) group by group."""
+    def _packed(self, weights: Sequence[nn.Parameter], quantize: Quantization, *, interleaved: bool = False) -> Matrix:
+        """Weights [rows, inner] as one, their rows one after the other or (of two) group by group."""
+        library, code = self._context.library, FORMATS[quantize]
         inner = weights[0].shape[1]
         columns = sum(weight.shape[0] for weight in weights)
-        address = self._zeros(-(-columns // PANEL) * PANEL * inner)
+        size = library.reprise_packed_bytes(columns, inner, code, self._element_size)
+        data = self._keep(torch.zeros(size, dtype=torch.uint8))
+        scales = self._keep(torch.zeros(-(-columns // PANEL) * PANEL)) if quantize == "int8" else None
         first = 0
         for index, weight in enumerate(weights):
             rows = weight.detach().contiguous()
             place = (0, GROUP, index * GROUP) if interleaved else (first, 0, 0)
-            self._context.library.reprise_pack(
-                self._context.handle, rows.data_ptr(), rows.shape[0], inner, address, *place, self._element_size
+            check_outcome(
+                library.reprise_pack(
+                    *(self._context.handle, rows.data_ptr(), rows.shape[0], inner, data),
+                    *(*place, scales, code, self._element_size),
+                )
             )
             first += rows.shape[0]
             if self._release:
                 weight.data = weight.data.new_empty(0)
-        return address
+        return Matrix(data, scales, code)
 
     def _zeros(self, size: int) -> int:
         return self._keep(torch.zeros(size, dtype=self._dtype))

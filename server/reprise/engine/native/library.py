@@ -21,14 +21,24 @@ VARIANTS = {
 """For x86-64, the fastest first, with the CPU's flags that each needs; elsewhere there is one, «generic»."""
 
 
+FORMATS = {"none": 0, "int8": 1, "int4": 2}
+"""`Format` of decoder.cpp by the setting `quantize`."""
+
+
+class Matrix(Structure):
+    """`Matrix` of decoder.cpp."""
+
+    _fields_ = (("data", c_void_p), ("scales", c_void_p), ("format", c_int64))
+
+
 class LayerWeights(Structure):
     """`LayerWeights` of decoder.cpp."""
 
     _fields_ = (
-        ("query_key_value", c_void_p),
-        ("output", c_void_p),
-        ("gate_up", c_void_p),
-        ("down", c_void_p),
+        ("query_key_value", Matrix),
+        ("output", Matrix),
+        ("gate_up", Matrix),
+        ("down", Matrix),
         ("query_key_value_bias", c_void_p),
         ("input_norm", c_void_p),
         ("post_norm", c_void_p),
@@ -54,8 +64,8 @@ class Decoder(Structure):
         ("epsilon", c_float),
         ("scale", c_float),
         ("layers", POINTER(LayerWeights)),
-        ("embedding", c_void_p),
-        ("output", c_void_p),
+        ("embedding", Matrix),
+        ("output", Matrix),
         ("final_norm", c_void_p),
         ("cosines", c_void_p),
         ("sines", c_void_p),
@@ -127,10 +137,12 @@ def load_variant(variant: str) -> ctypes.CDLL | None:
     library.reprise_create.argtypes = [c_int]
     library.reprise_destroy.restype = None
     library.reprise_destroy.argtypes = [c_void_p]
-    library.reprise_pack.restype = None
+    library.reprise_packed_bytes.restype = c_int64
+    library.reprise_packed_bytes.argtypes = [c_int64, c_int64, c_int64, c_int]
+    library.reprise_pack.restype = c_int
     library.reprise_pack.argtypes = [
         *(c_void_p, c_void_p, c_int64, c_int64, c_void_p),
-        *(c_int64, c_int64, c_int64, c_int),
+        *(c_int64, c_int64, c_int64, c_void_p, c_int64, c_int),
     ]
     library.reprise_highest.restype = None
     library.reprise_highest.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p]

@@ -9,7 +9,7 @@
 
 #include <type_traits>
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -116,6 +116,61 @@ inline ints lane_numbers() {
   return load<ints>(lanes);
 }
 
+typedef Vector<uint8_t, 4 * LANES>::type bytes;
+typedef Vector<int16_t, 2 * LANES>::type shorts;
+
+// Sixteen whole numbers of eight bits.
+inline ints widened(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (ints)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+  typedef Vector<int32_t, 8>::type half;
+  return {(half)_mm256_cvtepi8_epi32(_mm_loadu_si64(p)), (half)_mm256_cvtepi8_epi32(_mm_loadu_si64(p + 8))};
+#else
+  int32_t lanes[LANES];
+  for (int i = 0; i < LANES; i++) lanes[i] = p[i];
+  return load<ints>(lanes);
+#endif
+}
+
+// For each lane of four bytes a and the same four x: a0 x0 + a1 x1, and a2 x2 + a3 x3. The a are at most 15.
+inline shorts pair_sums(bytes a, const int8_t* x) {
+#if defined(__AVX512BW__) || defined(__AVX2__)
+  int32_t four;
+  memcpy(&four, x, 4);
+#endif
+#if defined(__AVX512BW__)
+  return (shorts)_mm512_maddubs_epi16((__m512i)a, _mm512_set1_epi32(four));
+#elif defined(__AVX2__)
+  typedef Vector<int16_t, 16>::type half;
+  __m256i b = _mm256_set1_epi32(four);
+  return {(half)_mm256_maddubs_epi16((__m256i)a.low, b), (half)_mm256_maddubs_epi16((__m256i)a.high, b)};
+#else
+  uint8_t factors[4 * LANES];
+  int16_t sums[2 * LANES];
+  store(factors, a);
+  for (int i = 0; i < 2 * LANES; i++) sums[i] = (int16_t)(factors[2 * i] * x[2 * i % 4] + factors[2 * i + 1] * x[2 * i % 4 + 1]);
+  return load<shorts>(sums);
+#endif
+}
+
+// Of each lane of two.
+inline ints neighbour_sums(shorts a) {
+#if defined(__AVX512BW__)
+  return (ints)_mm512_madd_epi16((__m512i)a, _mm512_set1_epi16(1));
+#elif defined(__AVX2__)
+  typedef Vector<int32_t, 8>::type half;
+  __m256i one = _mm256_set1_epi16(1);
+  return {(half)_mm256_madd_epi16((__m256i)a.low, one), (half)_mm256_madd_epi16((__m256i)a.high, one)};
+#else
+  int16_t pairs[2 * LANES];
+  int32_t sums[LANES];
+  store(pairs, a);
+  for (int i = 0; i < LANES; i++) sums[i] = pairs[2 * i] + pairs[2 * i + 1];
+  return load<ints>(sums);
+#endif
+}
+
 // exp by its Taylor series of degree 6 on [-ln2/2, ln2/2]; arguments are at most 0 or small, below -87 gives 0.
 inline floats exponential(floats x) {
   const floats given = x;
@@ -157,4 +212,17 @@ inline uint16_t to_bfloat16(float x) {
   memcpy(&w, &x, 4);
   if (x != x) return (uint16_t)(w >> 16 | 0x40);
   return (uint16_t)((w + 0x7fff + (w >> 16 & 1)) >> 16);
+}
+inline float from_bfloat16(uint16_t x) {
+  uint32_t w = (uint32_t)x << 16;
+  float f;
+  memcpy(&f, &w, 4);
+  return f;
+}
+inline floats widened_bfloat16(const void* p) {
+  uint16_t halves[LANES];
+  float lanes[LANES];
+  memcpy(halves, p, sizeof halves);
+  for (int i = 0; i < LANES; i++) lanes[i] = from_bfloat16(halves[i]);
+  return load<floats>(lanes);
 }
