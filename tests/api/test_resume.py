@@ -252,6 +252,33 @@ async def test_more_may_not_be_kept_than_is_allowed(start: Start) -> None:
             assert (refused.status_code, refused.json()["error"]["param"]) == (400, "retain_seconds")
 
 
+@pytest.mark.parametrize(
+    ("fields", "key", "ignored"),
+    [
+        ({"stream": False, "retain_seconds": 5}, {}, ["retain_seconds"]),
+        ({"stream": False, "retain_seconds": 0}, {}, []),
+        ({"stream": False, "retain_seconds": 5}, {"idempotency-key": "k"}, []),
+        ({"stream": True, "retain_seconds": 5}, {}, []),
+    ],
+    ids=str,
+)
+async def test_that_nobody_can_read_it_again_is_said(
+    server: Loopback, fields: dict[str, Any], key: dict[str, str], ignored: list[str]
+) -> None:
+    """The rest of a stream, or a second request with the key: there is no third way."""
+    response = await server.post(CHAT, HELLO | fields, headers=key)
+    body = events_with_ids(response.text)[0][0] if fields["stream"] else response.json()
+    assert body["reprise"]["ignored_parameters"] == ignored
+    assert response.headers.get("x-reprise-ignored-parameters", "") == "".join(ignored)
+
+
+async def test_what_nobody_can_read_again_ends_when_its_client_leaves(server: Loopback, engine: ScriptedEngine) -> None:
+    engine.enqueue(None)
+    with pytest.raises(httpx.ReadTimeout):
+        await server.client.post(CHAT, json=HELLO | {"stream": False, "retain_seconds": 30}, timeout=0.2)
+    await eventually(lambda: engine.streams[0].closed)
+
+
 async def test_a_held_stream_is_read_on_where_there_is_no_room(start: Start, engine: ScriptedEngine) -> None:
     async with start(max_num_seqs=1, max_waiting_seqs=0) as server:
         go_on, deltas = asyncio.Event(), script(engine, "Hello, world!")

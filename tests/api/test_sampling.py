@@ -235,10 +235,17 @@ def test_seeds() -> None:
         ),
         ({"stream": True, "stream_options": {"include_obfuscation": False}}, []),
         ({"stream": True, "stream_options": {"include_obfuscation": True}}, ["stream_options.include_obfuscation"]),
+        ({"retain_seconds": 1.5, "user": "u"}, ["retain_seconds", "user"]),
+        ({"retain_seconds": 0}, []),
+        ({"retain_seconds": 1.5, "stream": True}, []),
     ],
 )
 def test_ignored_parameters(fields: dict[str, Any], ignored: list[str]) -> None:
-    assert ignored_parameters(request(**fields)) == ignored
+    assert ignored_parameters(request(**fields), has_key=False) == ignored
+
+
+def test_what_a_key_makes_readable_again_may_be_kept() -> None:
+    assert ignored_parameters(request(retain_seconds=1.5), has_key=True) == []
 
 
 def test_ignored_parameters_of_a_chat() -> None:
@@ -249,7 +256,7 @@ def test_ignored_parameters_of_a_chat() -> None:
         "parallel_tool_calls": True,
         "prediction": {"type": "content", "content": "x"},
     }
-    found = ignored_parameters(ChatCompletionRequest.model_validate(fields))
+    found = ignored_parameters(ChatCompletionRequest.model_validate(fields), has_key=False)
     assert found == ["parallel_tool_calls", "prediction", "reasoning_effort", "verbosity"]
 
 

@@ -45,8 +45,11 @@ def choose_seed(request: GenerationParameters) -> int:
     return secrets.randbelow(MAX_GENERATED_SEED) if request.seed is None else request.seed
 
 
-def ignored_parameters(request: GenerationParameters) -> list[str]:
-    """Names of the fields that ask for something and change nothing."""
+def ignored_parameters(request: GenerationParameters, *, has_key: bool) -> list[str]:
+    """Names of the fields that ask for something and change nothing.
+
+    has_key: whether an idempotency key came with the request, so that its answer may be read again without a stream.
+    """
     ignored = [
         name
         for name, neutral in request.NO_EFFECT.items()
@@ -54,6 +57,8 @@ def ignored_parameters(request: GenerationParameters) -> list[str]:
     ]
     if request.stream_options is not None and request.stream_options.include_obfuscation:
         ignored.append("stream_options.include_obfuscation")
+    if request.retain_seconds and not (request.stream or has_key):
+        ignored.append("retain_seconds")
     return sorted(ignored)
 
 

@@ -145,12 +145,13 @@ async def _submit(service: Service, call: Call, how: How, key: bytes | None) -> 
             stream = service.engine.submit(request)
             undo.callback(stream.close)
             streams.append(stream)
+        ignored = ignored_parameters(parameters, has_key=key is not None)
         head = ResponseHead(
             id=response_id,
             created=created,
             model=call.model,
             system_fingerprint=call.system_fingerprint,
-            extension=RepriseExtension(seed, ignored_parameters(parameters), call.info.deterministic),
+            extension=RepriseExtension(seed, ignored, call.info.deterministic),
             num_prompt_tokens=tuple(len(request.prompt_token_ids) for request in requests),
             num_choices=parameters.n or 1,
         )
@@ -164,7 +165,7 @@ async def _submit(service: Service, call: Call, how: How, key: bytes | None) -> 
                 digest=call.digest,
                 owner=call.asked.owner,
                 idempotency_slot=key,
-                retain_seconds=parameters.retain_seconds or 0.0,
+                retain_seconds=0.0 if "retain_seconds" in ignored else parameters.retain_seconds or 0.0,
                 keep_seconds_after_end=service.settings.idempotency_seconds if key is not None else 0.0,
                 num_body_bytes=call.num_body_bytes,
                 recomputed=sent is not None,

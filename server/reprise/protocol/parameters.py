@@ -118,7 +118,8 @@ class GenerationParameters(Request):
     retain_seconds: Annotated[float, Field(strict=True, ge=0, le=MAX_RETAIN_SECONDS, allow_inf_nan=False)] | None = None
     """How long the generation goes on, or is kept, after its connection is lost; the server has a maximum.
 
-    Null and 0 cancel it at once. A stream can be resumed either way, this only saves computing it again.
+    Null and 0 cancel it at once. A stream can be resumed either way, this only saves computing it again. Without
+    `stream` and without an `Idempotency-Key` nobody can read it again: then it is without effect, and reported as such.
     """
 
 
