@@ -16,7 +16,8 @@ from reprise.errors import ModelLoadError
 from reprise.exit_code import ExitCode
 from reprise.generation.async_engine import AsyncEngine
 from reprise.generation.engine_entry import run as run_engine
-from reprise.generation.engine_process import EngineEntry, start_fork_server
+from reprise.generation.engine_process import EngineEntry
+from reprise.generation.fork_server import start_fork_server
 from reprise.generation.interface import Engine, EngineState
 from reprise.generation.supervision import HangLimits
 from reprise.hub import comes_from_hub, endpoint, find_on_hub, go_offline_if_unreachable

@@ -5,16 +5,37 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from reprise.generation import fork_server
 from reprise.generation.engine_process import EngineProcess
 from reprise.ipc.messages import LoadFailed
 from support import engine_lives
+from support.engine_processes import process_state
+from support.fork_servers import kill_fork_server
 
 pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(scope="module", autouse=True)
+def light_fork_server() -> Iterator[None]:
+    """One that starts at once: it imports nothing."""
+    kill_fork_server()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fork_server, "PRELOAD", ())
+        yield
+    kill_fork_server()
+
+
+@pytest.fixture(params=[True, False], ids=["handle", "number"])
+def handles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once as it is, once as where the kernel knows processes by their numbers only."""
+    if not request.param:
+        monkeypatch.delattr(os, "pidfd_open")
 
 
 @pytest.fixture
@@ -35,7 +56,6 @@ async def test_it_tells_how_it_ended(exit_code: int, how: str) -> None:
 
 async def test_a_kill_from_elsewhere_is_told_from_its_own() -> None:
     process = await EngineProcess.start(engine_lives.wait)
-    assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     assert await process.read() == []
     assert await process.end() == "by SIGKILL"
@@ -48,12 +68,41 @@ async def test_a_kill_from_elsewhere_is_told_from_its_own() -> None:
 
 async def test_one_that_is_stopped_is_woken_to_tell_where_it_stands_and_killed() -> None:
     process = await EngineProcess.start(engine_lives.wait)
-    assert process.pid is not None
     os.kill(process.pid, signal.SIGSTOP)
     await process.kill_hung()
     assert await process.read() == []
     assert await process.end() in {"by SIGKILL", "by SIGUSR1"}
     assert not process.was_killed
+
+
+@pytest.mark.usefixtures("handles")
+async def test_one_that_hangs_is_killed_though_its_fork_server_is_gone() -> None:
+    process = await EngineProcess.start(engine_lives.wait)
+    kill_fork_server()
+    os.kill(process.pid, signal.SIGSTOP)
+    await process.kill_hung()
+    assert await asyncio.wait_for(process.read(), 10) == []
+    assert await process.end() == "unseen by its fork server"
+    assert process_state(process.pid) in {"", "Z"}
+    assert not process.was_killed
+
+
+@pytest.mark.usefixtures("handles")
+async def test_the_end_is_one_though_the_fork_server_is_gone() -> None:
+    process = await EngineProcess.start(engine_lives.wait)
+    kill_fork_server()
+    assert await process.end() == "unseen by its fork server"
+    assert process_state(process.pid) in {"", "Z"}
+    assert not process.was_killed
+
+
+async def test_a_death_that_nobody_saw_may_have_been_a_kill_from_elsewhere() -> None:
+    process = await EngineProcess.start(engine_lives.wait)
+    kill_fork_server()
+    os.kill(process.pid, signal.SIGTERM)
+    assert await process.read() == []
+    assert await process.end() == "unseen by its fork server"
+    assert process.was_killed
 
 
 async def test_a_start_that_is_cancelled_leaves_no_process(tmp_path: Path) -> None:

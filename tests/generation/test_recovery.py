@@ -27,6 +27,7 @@ from reprise.text.tokenizer import Tokenizer
 from reprise.types import ChoiceDelta, GenerationRequest, SamplingParams
 from support import faulty_engine
 from support.faulty_engine import Action, Fault
+from support.fork_servers import kill_fork_server
 from support.servable import save_servable
 
 pytestmark = pytest.mark.anyio
@@ -157,6 +158,16 @@ async def test_one_that_shows_no_life_is_killed_and_replaced(
     # The supervisor wakes it, to hear where it stands: without this it would finish what it had begun.
     sleep = Fault("sleep", seconds=600, at_forward=20, times=1, counter=counter + "2")
     async with started(directory, tokenizer, armed(stop, sleep), HangLimits(heartbeat_timeout=2.0)) as engine:
+        assert await answers(engine, requests(tokenizer)) == undisturbed
+        assert (engine.num_restarts, engine.num_hung, engine.num_recovered) == (1, 1, 4)
+
+
+async def test_one_that_hangs_is_killed_and_replaced_though_its_fork_server_is_gone(
+    directory: Path, tokenizer: Tokenizer, counter: str, undisturbed: list[list[tuple[Any, ...]]]
+) -> None:
+    entry = armed(Fault("sleep", seconds=600, at_forward=20, times=1, counter=counter))
+    async with started(directory, tokenizer, entry, HangLimits(step_timeout=1.5)) as engine:
+        kill_fork_server()
         assert await answers(engine, requests(tokenizer)) == undisturbed
         assert (engine.num_restarts, engine.num_hung, engine.num_recovered) == (1, 1, 4)
 
