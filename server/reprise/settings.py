@@ -205,7 +205,7 @@ class Settings(BaseModel):
         "Time that a request with an Idempotency-Key is kept after its end, and goes on after its client left.",
     )
     max_retained_tokens: CountOrZero = _setting(
-        1_000_000, "Limits", "Tokens of all requests that are kept while nobody reads them at most."
+        1_000_000, "Limits", "Tokens of all requests that are kept to be read again at most, running ones included."
     )
     drain_timeout: SecondsOrZero = _setting(30.0, "Limits", "Time that running requests get to finish after SIGTERM.")
 

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from reprise.api import chat
+from reprise.api import chat, retention
 from reprise.errors import GenerationError
 from reprise.types import ChoiceDelta, FinishReason
 from support.live_api import Answer, of_events, of_response
@@ -135,6 +135,21 @@ async def test_with_no_time_to_keep_a_running_one_is_still_joined(start: Start, 
         assert answers[0] == answers[1]
         assert generations.num_kept == 0
         assert answer_of(await post(server, HELLO, "k"))[0] != answers[0][0]
+
+
+async def test_one_that_there_is_no_room_to_keep_is_generated_again(
+    start: Start, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retention, "LOOK_INTERVAL", 0.005)
+    async with start(max_retained_tokens=0) as server:
+        go_on = asyncio.Event()
+        engine.enqueue([go_on, ChoiceDelta(index=0, text="a", token_ids=[5], finish_reason=FinishReason.STOP)])
+        first = asyncio.create_task(post(server, HELLO, "k"))
+        await eventually(lambda: engine.streams and not engine.streams[0].retained)
+        second = await post(server, HELLO, "k")
+        go_on.set()
+        assert (answer_of(await first)[2].text, answer_of(second)[2].text) == ("a", "Hello, world!")
+        assert second.headers.get(REPLAYED) is None
 
 
 async def test_a_failed_generation_is_not_repeated(server: Loopback, engine: ScriptedEngine) -> None:

@@ -10,6 +10,7 @@ import httpx
 import msgspec
 import pytest
 
+from reprise.api import retention
 from reprise.errors import GenerationError
 from reprise.types import ChoiceDelta
 from support.live_api import Answer, of_events
@@ -133,6 +134,30 @@ async def test_a_generation_that_nobody_comes_back_for_is_aborted(server: Loopba
     rest = await events_after(server, CHAT, HELLO, before[-1][1])
     assert folded(before, rest).text == "Hello"
     assert counters((await server.get("/metrics")).text)["recomputed_streams_total"] == 1
+
+
+async def test_what_is_read_and_too_long_to_be_kept_is_computed_again(
+    start: Start, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own client reads it to its end."""
+    monkeypatch.setattr(retention, "LOOK_INTERVAL", 0.005)
+    go_on, deltas = asyncio.Event(), script(engine, "Hello, world!")
+    engine.enqueue([*deltas[:4], go_on, *deltas[4:]])
+    async with start(max_retained_tokens=0) as server:
+        body, service = HELLO | {"retain_seconds": 30}, server.app.state.service
+        async with server.client.stream("POST", CHAT, json=body) as response:
+            pieces, text = response.aiter_text(), ""
+            while text.count("\n\n") < 4:
+                text += await anext(pieces)
+            await eventually(lambda: not engine.streams[0].complete)
+            before = events_with_ids(text)
+            rest = await events_after(server, CHAT, body, before[2][1])
+            assert folded(before[:3], rest).text == "Hello, world!"
+            assert (service.generations.num_attached, service.generations.num_recomputed) == (0, 1)
+            go_on.set()
+            text += "".join([piece async for piece in pieces])
+        assert folded(events_with_ids(text)).text == "Hello, world!"
+        await eventually(lambda: service.admission.num_reserved == 0)
 
 
 async def test_two_may_read_on_at_once(server: Loopback) -> None:

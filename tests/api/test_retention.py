@@ -8,18 +8,24 @@ from typing import Any
 
 import pytest
 
+from reprise.api import retention
 from reprise.api.admission import Admission
 from reprise.api.event_ids import EventId, Origin
-from reprise.api.generation import FIXED_ENTRIES, Generation, Submitted
+from reprise.api.generation import FIXED_ENTRIES, Generation, LogReader, Submitted
 from reprise.api.head import ResponseHead
 from reprise.api.retention import Generations, Slot
 from reprise.errors import GenerationError, OverloadedError
-from reprise.generation.request_stream import Reader, RequestStream
+from reprise.generation.request_stream import RequestStream
 from reprise.protocol.requests import CompletionRequest
 from reprise.protocol.responses import RepriseExtension
 from reprise.types import ChoiceDelta, FinishReason, GenerationRequest, SamplingParams
 
 pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(autouse=True)
+def _look_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retention, "LOOK_INTERVAL", 0.005)
 
 
 class World:
@@ -30,7 +36,7 @@ class World:
         self.admission = Admission(max_num_seqs=100, max_waiting_seqs=0)
         self.number = 0
 
-    def begin(self, *, num_prompts: int = 1, **facts: Any) -> tuple[Generation, Reader]:
+    def begin(self, *, num_prompts: int = 1, **facts: Any) -> tuple[Generation, LogReader]:
         self.number += 1
         sampling = SamplingParams(seed=0, max_tokens=9, **facts.pop("sampling", {}))
         request = GenerationRequest(request_id="r", prompt_token_ids=[1], sampling=sampling)
@@ -64,6 +70,23 @@ class World:
 def finish(generation: Generation, *, num_tokens: int = 1) -> None:
     for stream in generation.submitted.streams:
         stream.put(ChoiceDelta(index=0, token_ids=[5] * num_tokens, finish_reason=FinishReason.STOP))
+
+
+def put(generation: Generation, num_tokens: int) -> None:
+    for _ in range(num_tokens):
+        generation.submitted.streams[0].put(ChoiceDelta(index=0, token_ids=[5]))
+
+
+async def read(reader: LogReader, num_tokens: int) -> None:
+    """So many tokens; in its time, which is not before a look."""
+    found = 0
+    while found < num_tokens:
+        found += len((await asyncio.wait_for(anext(reader), 5)).token_ids)
+    assert found == num_tokens
+
+
+async def look() -> None:
+    await asyncio.sleep(0.05)
 
 
 def aborted(generation: Generation) -> bool:
@@ -159,15 +182,16 @@ async def test_one_that_is_not_kept_is_not_found() -> None:
 async def test_room_is_made_of_finished_ones_first_and_of_the_oldest() -> None:
     size = FIXED_ENTRIES + 1 + 10
     world = World(max_entries=2 * size)
-    held = [world.begin(retain_seconds=60) for _ in range(4)]
-    for generation, reader in held:
-        if generation is not held[0][0]:
+    held = []
+    for number in range(4):
+        generation, reader = world.begin(retain_seconds=60)
+        held.append(generation)
+        if number:
             finish(generation, num_tokens=10)
             await asyncio.sleep(0.01)
         world.generations.leave(generation, reader)
-    found = [world.find(generation) is generation for generation, _ in held]
-    assert found == [True, False, False, True]
-    assert [aborted(generation) for generation, _ in held] == [False, True, True, False]
+    assert [world.find(generation) is generation for generation in held] == [True, False, False, True]
+    assert [aborted(generation) for generation in held] == [False, True, True, False]
     world.generations.drain()
     assert world.generations.num_kept == 0
 
@@ -210,6 +234,122 @@ async def test_what_is_read_again_takes_room_too() -> None:
     world.generations.leave(first, again)
     assert world.generations.num_kept == 1
     world.generations.drain()
+
+
+async def test_what_grows_while_nobody_reads_takes_room_as_it_grows() -> None:
+    world = World(max_entries=FIXED_ENTRIES + 1 + 10)
+    generation, reader = world.begin(retain_seconds=60)
+    world.generations.leave(generation, reader)
+    put(generation, 10)
+    await look()
+    assert world.find(generation) is generation
+    put(generation, 1)
+    await look()
+    assert aborted(generation)
+    assert (world.generations.num_kept, world.admission.num_reserved) == (0, 0)
+
+
+async def test_what_is_read_while_it_grows_is_kept_no_longer_than_there_is_room() -> None:
+    """Who reads it reads on, and what was read is dropped; for others it is gone."""
+    world = World(max_entries=FIXED_ENTRIES + 1 + 10)
+    generation, reader = world.begin(retain_seconds=60, idempotency_slot=b"k", keep_seconds_after_end=60)
+    world.generations.take_slot(b"k", b"digest").decide(generation)
+    stream = generation.submitted.streams[0]
+    put(generation, 8)
+    await read(reader, 8)
+    await look()
+    assert (world.find(generation), stream.complete) == (generation, True)
+    put(generation, 3)
+    await look()
+    assert world.find(generation) is None
+    assert world.generations.slot(b"k") is None
+    assert not aborted(generation)
+    assert not stream.complete
+    put(generation, 5)
+    await read(reader, 8)
+    finish(generation)
+    await read(reader, 1)
+    with pytest.raises(StopAsyncIteration):
+        await anext(reader)
+    world.generations.leave(generation, reader)
+    assert (world.generations.num_kept, world.admission.num_reserved) == (0, 0)
+
+
+async def test_one_that_there_was_no_room_for_ends_with_its_reader() -> None:
+    world = World(max_entries=0)
+    generation, reader = world.begin(retain_seconds=60)
+    await look()
+    world.generations.leave(generation, reader)
+    assert aborted(generation)
+
+
+async def test_what_somebody_has_not_read_is_not_dropped() -> None:
+    world = World(max_entries=0)
+    generation, fast = world.begin(retain_seconds=60)
+    slow = world.generations.attach(generation)
+    stream = generation.submitted.streams[0]
+    put(generation, 4)
+    await read(fast, 4)
+    await look()
+    put(generation, 4)
+    assert (world.find(generation), stream.complete) == (None, True)
+    await read(fast, 4)
+    await read(slow, 8)
+    world.generations.leave(generation, fast)
+    assert not stream.complete
+    put(generation, 4)
+    finish(generation)
+    await read(slow, 5)
+    world.generations.leave(generation, slow)
+    assert world.generations.idle.is_set()
+
+
+async def test_a_log_that_is_recorded_stays_whole() -> None:
+    world = World(max_entries=0)
+    recorded: list[int] = []
+
+    def record(generation: Generation) -> None:
+        generation.keep_log()
+        generation.on_end.append(lambda one: recorded.extend(one.choices()[0].token_ids))
+
+    world.generations.on_begin.append(record)
+    generation, reader = world.begin(retain_seconds=60)
+    put(generation, 4)
+    await read(reader, 4)
+    await look()
+    assert world.find(generation) is None
+    put(generation, 4)
+    finish(generation)
+    await look()
+    assert recorded == [5] * 9
+
+
+async def test_what_nobody_reads_goes_before_what_somebody_does() -> None:
+    world = World(max_entries=2 * (FIXED_ENTRIES + 1))
+    held = [world.begin(retain_seconds=60) for _ in range(2)]
+    unread, reader = world.begin(retain_seconds=60)
+    world.generations.leave(unread, reader)
+    await look()
+    assert world.find(unread) is None
+    assert [world.find(generation) is generation for generation, _ in held] == [True, True]
+    put(held[1][0], 1)
+    await look()
+    assert [world.find(generation) is generation for generation, _ in held] == [False, True]
+    assert not any(aborted(generation) for generation, _ in held)
+
+
+async def test_who_reads_what_is_finished_again_keeps_it() -> None:
+    """It has no ticket any more: what it holds has to count as long as it is there."""
+    world = World(max_entries=FIXED_ENTRIES + 1 + 10)
+    generation, reader = world.begin(retain_seconds=60)
+    finish(generation, num_tokens=10)
+    await look()
+    world.generations.leave(generation, reader)
+    again = world.generations.attach(generation)
+    other, _ = world.begin(retain_seconds=60)
+    await look()
+    assert [world.find(one) is one for one in (generation, other)] == [True, False]
+    await read(again, 10)
 
 
 async def test_an_id_that_another_client_names_is_found_by_each_for_itself() -> None:

@@ -12,6 +12,10 @@ class Ticket:
         self._admission = admission
         self._num_sequences = num_sequences
 
+    @property
+    def released(self) -> bool:
+        return self._num_sequences == 0
+
     def release(self) -> None:
         self._admission.num_reserved -= self._num_sequences
         self._num_sequences = 0

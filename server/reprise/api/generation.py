@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import msgspec
 
@@ -50,6 +51,15 @@ class Submitted:
     """Whether a client brought its id: it has had a part of this response before."""
 
 
+class LogReader(Reader):
+    """A reader that tells how far it has come."""
+
+    @property
+    def positions(self) -> Sequence[int]:
+        """Of each stream, how many deltas of its log were taken."""
+        return self._positions
+
+
 @dataclass(eq=False)
 class Generation:
     """The one object of a generation, running or finished: what was submitted, its log, and who reads it.
@@ -58,13 +68,14 @@ class Generation:
     """
 
     submitted: Submitted
-    readers: set[Reader] = field(default_factory=set)
+    readers: set[LogReader] = field(default_factory=set)
     ended: bool = False
     """Whether every choice is complete, or never will be."""
     error: Exception | None = None
     """Why it never will be."""
     on_end: list[Callable[[Generation], None]] = field(default_factory=list)
     """Each is called once, in a callback of the event loop of its own."""
+    _num_keepers: int = field(default=0, init=False)
 
     @property
     def head(self) -> ResponseHead:
@@ -73,24 +84,44 @@ class Generation:
     @property
     def num_entries(self) -> int:
         """Size of one that is kept whole, in tokens: body, prompts, parameters, output and log-probabilities."""
-        submitted = self.submitted
-        num_entries = FIXED_ENTRIES + submitted.num_body_bytes // BODY_BYTES_PER_ENTRY
-        num_entries += sum(_num_entries(request) for request in submitted.requests)
-        return num_entries + sum(stream.num_entries for stream in submitted.streams)
+        return self._num_entries_before + sum(stream.num_entries for stream in self.submitted.streams)
+
+    @cached_property
+    def _num_entries_before(self) -> int:
+        """Of what was submitted."""
+        num_entries = FIXED_ENTRIES + self.submitted.num_body_bytes // BODY_BYTES_PER_ENTRY
+        return num_entries + sum(_num_entries(request) for request in self.submitted.requests)
 
     def keep_log(self) -> None:
         """Drop nothing of the log from now on. To be called before anything is read, as in `Generations.on_begin`."""
+        self._num_keepers += 1
         for stream in self.submitted.streams:
             stream.retained = True
 
-    def read(self, *, cuts: Mapping[int, int] | None = None) -> Reader:
+    def release_log(self) -> None:
+        """Take one `keep_log` back. With the last one the log is as any other: nobody can begin to read it any more."""
+        self._num_keepers -= 1
+        self.drop_passed()
+
+    def drop_passed(self) -> None:
+        """Where nobody keeps the log any more, drop what its only reader has passed; after that, streams do so."""
+        if self._num_keepers or len(self.readers) != 1:
+            return
+        (reader,) = self.readers
+        for stream, position in zip(self.submitted.streams, reader.positions, strict=True):
+            if stream.retained:
+                stream.retained = False
+                # Reading again what the only reader has taken drops it.
+                stream.read_from(0, limit=position)
+
+    def read(self, *, cuts: Mapping[int, int] | None = None) -> LogReader:
         """A reader from the beginning. Raises OverloadedError where there are too many.
 
         cuts: of a choice, the number of tokens at which a delta is to end.
         """
         if len(self.readers) >= MAX_READERS:
             raise OverloadedError(f"this response is already being read {MAX_READERS} times")
-        reader = Reader(self.submitted.streams, cuts=cuts)
+        reader = LogReader(self.submitted.streams, cuts=cuts)
         self.readers.add(reader)
         return reader
 

@@ -2,18 +2,20 @@
 
 A generation that somebody reads lives. One that nobody reads is aborted and forgotten at once, unless it was asked to
 be kept: then it goes on, or its log stays, for a stated time after its last reader left (and, where it has an
-idempotency key, after its end). Forgetting one loses nothing but time: what is asked for again is computed again.
+idempotency key, after its end). All logs that are kept are bounded together, read or not. Beyond that what nobody reads
+is forgotten, and of what somebody reads nothing is kept for others. That loses nothing but time: what is asked for
+again is computed again.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from itertools import chain
 
 from reprise.api.event_ids import EventId, cuts
-from reprise.api.generation import Generation, Submitted
+from reprise.api.generation import Generation, LogReader, Submitted
 from reprise.errors import GenerationError, OverloadedError
-from reprise.generation.request_stream import Reader
 
 
 class Slot:
@@ -44,13 +46,15 @@ class Slot:
 
 MAX_WAITING = 16
 """Requests that wait for the first one with their idempotency key."""
+LOOK_INTERVAL = 0.25
+"""Seconds between two looks at how much the logs that are kept have grown: nothing is counted at each token."""
 
 
 class Generations:
     """All that are held. Every method is synchronous, so what is found cannot go before it is read."""
 
     def __init__(self, *, max_entries: int, timeout: float | None) -> None:
-        """max_entries: of all logs that are kept and that nobody reads. timeout: seconds that one may take in all."""
+        """max_entries: of all logs that are kept. timeout: seconds that one may take in all."""
         self.read_now: set[Generation] = set()
         """Those that an HTTP request is waiting for."""
         self.idle = asyncio.Event()
@@ -67,7 +71,12 @@ class Generations:
         self._kept: dict[Generation, asyncio.TimerHandle] = {}
         """Those that nobody reads, in the order in which their readers left, and when each is forgotten."""
         self._sizes: dict[Generation, int] = {}
-        """Of these, and of those that are read again, when the last reader left."""
+        """Of all whose logs are kept, in the order in which they began, at the last look."""
+        self._num_entries = 0
+        """Their sum."""
+        self._growing: set[Generation] = set()
+        """Those that had not ended then."""
+        self._next_look: asyncio.TimerHandle | None = None
         self._by_id: dict[tuple[bytes, str], Generation] = {}
         """By owner and id: a client may name an id that is another's."""
         self._slots: dict[bytes, Slot] = {}
@@ -78,12 +87,13 @@ class Generations:
         """Generations that nobody reads."""
         return len(self._kept)
 
-    def begin(self, submitted: Submitted, sent: EventId | None = None) -> tuple[Generation, Reader]:
+    def begin(self, submitted: Submitted, sent: EventId | None = None) -> tuple[Generation, LogReader]:
         """Hold what was just submitted to the engine, and read it. sent: where its client stands."""
         generation = Generation(submitted)
         if submitted.retain_seconds or submitted.idempotency_slot is not None:
             generation.keep_log()
             self._by_id.setdefault((submitted.owner, submitted.head.id), generation)
+            self._count(generation)
         num_running = len(submitted.streams)
 
         def stream_ended() -> None:
@@ -119,15 +129,16 @@ class Generations:
         same = submitted.digest == digest and facts == (origin.created, origin.seed)
         return generation if same else None
 
-    def attach(self, generation: Generation, sent: EventId | None = None) -> Reader:
+    def attach(self, generation: Generation, sent: EventId | None = None) -> LogReader:
         """One more reader, from the beginning. sent: where its client stands. Raises OverloadedError."""
         return self._read(generation, sent)
 
-    def leave(self, generation: Generation, reader: Reader) -> None:
+    def leave(self, generation: Generation, reader: LogReader) -> None:
         """A reader is through, or gone. Idempotent."""
         reader.close()
         if reader in generation.readers:
             generation.readers.remove(reader)
+            generation.drop_passed()
             self._settle(generation)
 
     def slot(self, key: bytes) -> Slot | None:
@@ -154,7 +165,7 @@ class Generations:
         for generation in list(self._kept):
             self._forget(generation)
 
-    def _read(self, generation: Generation, sent: EventId | None = None) -> Reader:
+    def _read(self, generation: Generation, sent: EventId | None = None) -> LogReader:
         reader = generation.read(cuts=None if sent is None else cuts(sent.positions))
         self._unkeep(generation)
         self.read_now.add(generation)
@@ -167,14 +178,15 @@ class Generations:
             return
         self.read_now.discard(generation)
         seconds = self._seconds_to_keep(generation)
-        if seconds <= 0 or generation.error is not None or self._draining:
+        is_kept = generation in self._sizes and seconds > 0
+        if not is_kept or generation.error is not None or self._draining:
             self._forget(generation)
         else:
             self._unkeep(generation)
             self._kept[generation] = asyncio.get_running_loop().call_later(seconds, self._forget, generation)
-            self._sizes[generation] = generation.num_entries
             if generation.ended:
                 generation.submitted.ticket.release()
+            self._measure(generation)
             self._make_room()
         if not self.read_now:
             self.idle.set()
@@ -192,14 +204,60 @@ class Generations:
         if timer is not None:
             timer.cancel()
 
+    def _count(self, generation: Generation) -> None:
+        """From now on its log is one of those that are kept."""
+        self._sizes[generation] = 0
+        self._growing.add(generation)
+        self._measure(generation)
+        if self._next_look is None:
+            self._next_look = asyncio.get_running_loop().call_later(LOOK_INTERVAL, self._look)
+
+    def _measure(self, generation: Generation) -> None:
+        size = generation.num_entries
+        self._num_entries += size - self._sizes[generation]
+        self._sizes[generation] = size
+
+    def _look(self) -> None:
+        """See what has grown. Again in a while, unless all have ended."""
+        for generation in self._growing:
+            self._measure(generation)
+        self._growing = {generation for generation in self._growing if not generation.ended}
+        self._make_room()
+        self._next_look = None
+        if self._growing:
+            self._next_look = asyncio.get_running_loop().call_later(LOOK_INTERVAL, self._look)
+
     def _make_room(self) -> None:
-        """Forget what was kept longest, finished ones before running ones, until the rest is small enough."""
-        excess = sum(self._sizes.values()) - self._max_entries
-        for generation in sorted(self._kept, key=lambda one: not one.ended):
-            if excess <= 0:
+        """Keep less until the rest is small enough.
+
+        First forget what nobody reads, longest kept first, finished ones before running ones. Then release what is
+        read, oldest first; but not a finished one that is read again, which has no ticket and so has to count here.
+        """
+        if self._num_entries <= self._max_entries:
+            return
+        unread = list(self._kept)
+        candidates = chain(
+            (one for one in unread if one.ended),
+            (one for one in unread if not one.ended),
+            (one for one in list(self._sizes) if one.readers and not one.submitted.ticket.released),
+        )
+        for generation in candidates:
+            if generation.readers:
+                self._release(generation)
+            else:
+                self._forget(generation)
+            if self._num_entries <= self._max_entries:
                 return
-            excess -= self._sizes[generation]
-            self._forget(generation)
+
+    def _release(self, generation: Generation) -> None:
+        """Keep its log for nobody: it is theirs who read it now, and lives as long as they do."""
+        self._hide(generation)
+        self._uncount(generation)
+        generation.release_log()
+
+    def _uncount(self, generation: Generation) -> None:
+        self._num_entries -= self._sizes.pop(generation, 0)
+        self._growing.discard(generation)
 
     def _ended(self, generation: Generation) -> None:
         """Every choice is complete, or one has failed."""
@@ -239,7 +297,7 @@ class Generations:
     def _forget(self, generation: Generation) -> None:
         self._hide(generation)
         self._unkeep(generation)
-        self._sizes.pop(generation, None)
+        self._uncount(generation)
         deadline = self._deadlines.pop(generation, None)
         if deadline is not None:
             deadline.cancel()

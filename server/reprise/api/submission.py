@@ -10,12 +10,11 @@ from enum import StrEnum
 
 from reprise.api import continuity
 from reprise.api.continuity import Asked
-from reprise.api.generation import Generation, Submitted
+from reprise.api.generation import Generation, LogReader, Submitted
 from reprise.api.head import ResponseHead
 from reprise.api.sampling import choose_seed, ignored_parameters
 from reprise.api.service import Service, new_id
 from reprise.errors import InvalidRequestError
-from reprise.generation.request_stream import Reader
 from reprise.ipc.messages import Ready
 from reprise.protocol.parameters import GenerationParameters
 from reprise.protocol.responses import RepriseExtension
@@ -37,7 +36,7 @@ class Obtained:
     """A generation, and the reader of it that is this request's."""
 
     generation: Generation
-    reader: Reader
+    reader: LogReader
     how: How
 
 
