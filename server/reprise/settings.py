@@ -194,7 +194,7 @@ class Settings(BaseModel):
     send_timeout: Seconds = _setting(60.0, "Limits", "Time that a client may leave its stream unread.")
     idle_timeout: Seconds = _setting(75.0, "Limits", "Time that a connection may stay open between requests.")
     keep_alive_interval: SecondsOrZero = _setting(
-        15.0, "Limits", "Silence after which a stream gets a comment line that keeps it alive; 0 is never."
+        15.0, "Limits", "Interval at which a stream gets a comment line that keeps it alive, silent or not; 0 is never."
     )
     max_retain_seconds: SecondsOrZero = _setting(
         300.0, "Limits", "Time that a request may ask to be kept after its connection is lost, at most."
