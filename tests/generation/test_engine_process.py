@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -12,13 +16,17 @@ from pathlib import Path
 import pytest
 
 from reprise.generation import fork_server
-from reprise.generation.engine_process import EngineProcess
+from reprise.generation.engine_process import EngineEntry, EngineProcess
 from reprise.ipc.messages import LoadFailed
 from support import engine_lives
 from support.engine_processes import process_state
-from support.fork_servers import kill_fork_server
+from support.fork_servers import fork_server_pid, kill_fork_server, stop_fork_server
 
 pytestmark = pytest.mark.anyio
+
+
+async def start(entry: EngineEntry) -> EngineProcess:
+    return await EngineProcess.start(entry, 60.0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,7 +55,7 @@ def anyio_backend() -> str:
     ("exit_code", "how"), [(0, "with exit code 0"), (7, "with exit code 7"), (-signal.SIGABRT, "by SIGABRT")]
 )
 async def test_it_tells_how_it_ended(exit_code: int, how: str) -> None:
-    process = await EngineProcess.start(partial(engine_lives.send_and_end, exit_code))
+    process = await start(partial(engine_lives.send_and_end, exit_code))
     assert await process.read() == [LoadFailed("1"), LoadFailed("2")]
     assert await process.read() == []
     assert await process.end() == how
@@ -55,19 +63,19 @@ async def test_it_tells_how_it_ended(exit_code: int, how: str) -> None:
 
 
 async def test_a_kill_from_elsewhere_is_told_from_its_own() -> None:
-    process = await EngineProcess.start(engine_lives.wait)
+    process = await start(engine_lives.wait)
     os.kill(process.pid, signal.SIGKILL)
     assert await process.read() == []
     assert await process.end() == "by SIGKILL"
     assert process.was_killed
-    process = await EngineProcess.start(engine_lives.wait)
+    process = await start(engine_lives.wait)
     assert await process.end() == "by SIGKILL"
     assert not process.was_killed
     process.send(LoadFailed("nobody hears it"))
 
 
 async def test_one_that_is_stopped_is_woken_to_tell_where_it_stands_and_killed() -> None:
-    process = await EngineProcess.start(engine_lives.wait)
+    process = await start(engine_lives.wait)
     os.kill(process.pid, signal.SIGSTOP)
     await process.kill_hung()
     assert await process.read() == []
@@ -77,7 +85,7 @@ async def test_one_that_is_stopped_is_woken_to_tell_where_it_stands_and_killed()
 
 @pytest.mark.usefixtures("handles")
 async def test_one_that_hangs_is_killed_though_its_fork_server_is_gone() -> None:
-    process = await EngineProcess.start(engine_lives.wait)
+    process = await start(engine_lives.wait)
     kill_fork_server()
     os.kill(process.pid, signal.SIGSTOP)
     await process.kill_hung()
@@ -89,7 +97,7 @@ async def test_one_that_hangs_is_killed_though_its_fork_server_is_gone() -> None
 
 @pytest.mark.usefixtures("handles")
 async def test_the_end_is_one_though_the_fork_server_is_gone() -> None:
-    process = await EngineProcess.start(engine_lives.wait)
+    process = await start(engine_lives.wait)
     kill_fork_server()
     assert await process.end() == "unseen by its fork server"
     assert process_state(process.pid) in {"", "Z"}
@@ -97,7 +105,7 @@ async def test_the_end_is_one_though_the_fork_server_is_gone() -> None:
 
 
 async def test_a_death_that_nobody_saw_may_have_been_a_kill_from_elsewhere() -> None:
-    process = await EngineProcess.start(engine_lives.wait)
+    process = await start(engine_lives.wait)
     kill_fork_server()
     os.kill(process.pid, signal.SIGTERM)
     assert await process.read() == []
@@ -107,7 +115,7 @@ async def test_a_death_that_nobody_saw_may_have_been_a_kill_from_elsewhere() -> 
 
 async def test_a_start_that_is_cancelled_leaves_no_process(tmp_path: Path) -> None:
     mark = tmp_path / "ended"
-    starting = asyncio.create_task(EngineProcess.start(partial(engine_lives.mark_the_end, str(mark))))
+    starting = asyncio.create_task(start(partial(engine_lives.mark_the_end, str(mark))))
     await asyncio.sleep(0)
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -117,3 +125,56 @@ async def test_a_start_that_is_cancelled_leaves_no_process(tmp_path: Path) -> No
             return
         await asyncio.sleep(0.01)
     raise AssertionError("the process does not see that nobody wants it")
+
+
+async def test_a_fork_server_that_gives_no_process_is_replaced() -> None:
+    await (await start(engine_lives.wait)).end()
+    stopped = stop_fork_server()
+    with pytest.raises(TimeoutError, match=r"no process in 0\.5 seconds"):
+        await EngineProcess.start(engine_lives.wait, 0.5)
+    await asyncio.sleep(0.2)
+    gc.collect()  # no future is left with an exception that nobody asked for
+    assert process_state(stopped) == ""
+    process = await start(engine_lives.wait)
+    assert fork_server_pid() not in {None, stopped}
+    assert await process.end() == "by SIGKILL"
+
+
+async def test_a_fork_server_that_does_not_tell_of_an_end_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fork_server, "REPORT_SECONDS", 0.5)
+    process = await start(engine_lives.wait)
+    stopped = stop_fork_server()
+    assert await process.end() == "unseen by its fork server"
+    assert process_state(process.pid) in {"", "Z"}
+    assert process_state(stopped) == ""
+    assert multiprocessing.active_children() == []
+    assert await (await start(engine_lives.wait)).end() == "by SIGKILL"
+
+
+HANGING_START = """
+import asyncio, os, signal
+from reprise.generation import engine_process, fork_server
+from support import engine_lives
+from support.fork_servers import fork_server_pid
+
+async def main():
+    fork_server.start_fork_server()
+    os.kill(fork_server_pid(), signal.SIGSTOP)
+    starting = asyncio.create_task(engine_process.EngineProcess.start(engine_lives.wait, 600))
+    await asyncio.sleep(1)
+    print(fork_server_pid(), starting.done())
+
+asyncio.run(main())
+"""
+
+
+def test_a_start_that_hangs_does_not_hold_up_the_exit(tmp_path: Path) -> None:
+    """The interpreter waits for the threads of `asyncio.to_thread`, for ever."""
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    output = tmp_path / "output"
+    with output.open("wb") as file:
+        # Not a pipe: the fork server, which stays behind, would hold it open.
+        subprocess.run([sys.executable, "-c", HANGING_START], env=variables, stdout=file, timeout=30, check=True)
+    stopped, done = output.read_text().split()
+    os.kill(int(stopped), signal.SIGKILL)
+    assert done == "False"

@@ -18,6 +18,7 @@ import pytest
 from reprise.errors import GenerationError, ModelLoadError, UnavailableError
 from reprise.generation.async_engine import AsyncEngine
 from reprise.generation.engine_process import EngineEntry
+from reprise.generation.fork_server import start_fork_server
 from reprise.generation.interface import EngineState
 from reprise.generation.request_stream import RequestStream, merge
 from reprise.generation.supervision import HangLimits
@@ -27,7 +28,7 @@ from reprise.text.tokenizer import Tokenizer
 from reprise.types import ChoiceDelta, GenerationRequest, SamplingParams
 from support import faulty_engine
 from support.faulty_engine import Action, Fault
-from support.fork_servers import kill_fork_server
+from support.fork_servers import kill_fork_server, stop_fork_server
 from support.servable import save_servable
 
 pytestmark = pytest.mark.anyio
@@ -170,6 +171,37 @@ async def test_one_that_hangs_is_killed_and_replaced_though_its_fork_server_is_g
         kill_fork_server()
         assert await answers(engine, requests(tokenizer)) == undisturbed
         assert (engine.num_restarts, engine.num_hung, engine.num_recovered) == (1, 1, 4)
+
+
+async def test_a_death_beside_a_fork_server_that_hangs_is_a_pause(
+    directory: Path,
+    tokenizer: Tokenizer,
+    undisturbed: list[list[tuple[Any, ...]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("reprise.generation.fork_server.REPORT_SECONDS", 0.5)
+    async with started(directory, tokenizer) as engine:
+        answering = asyncio.create_task(answers(engine, requests(tokenizer)))
+        await until(lambda: engine.stats.num_generated_tokens > 8)
+        stop_fork_server()
+        assert engine.pid is not None
+        os.kill(engine.pid, signal.SIGKILL)
+        assert await answering == undisturbed
+        assert (engine.num_restarts, engine.num_recovered, engine.num_lost) == (1, 4, 0)
+
+
+async def test_a_start_that_hangs_is_a_death(
+    directory: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an engine that was never ready. The next fork server imports nothing, so that it starts in time."""
+    monkeypatch.setattr("reprise.generation.fork_server.PRELOAD", ())
+    start_fork_server()
+    stop_fork_server()
+    try:
+        async with started(directory, tokenizer, limits=HangLimits(start_timeout=5.0)) as engine:
+            assert (engine.num_restarts, engine.state) == (1, EngineState.READY)
+    finally:
+        kill_fork_server()
 
 
 async def test_one_whose_step_never_ends_is_killed_and_replaced(

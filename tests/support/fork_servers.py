@@ -21,3 +21,11 @@ def kill_fork_server() -> None:
     if pid is not None:
         os.kill(pid, signal.SIGKILL)
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+
+
+def stop_fork_server() -> int:
+    """As it may stand still for ever. Returns its id."""
+    pid = fork_server_pid()
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    return pid

@@ -202,7 +202,7 @@ class AsyncEngine:
     async def _live(self) -> bool:
         """One life of the engine process. Returns whether somebody else killed it. Raises ModelLoadError."""
         try:
-            process = await EngineProcess.start(self._entry)
+            process = await EngineProcess.start(self._entry, self._limits.start_timeout)
         except (OSError, EOFError) as error:
             logger.error("an engine process could not be started: %s", error)
             return False

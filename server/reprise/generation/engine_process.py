@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable
+from functools import partial
 
 import msgspec
 
@@ -40,12 +41,12 @@ class EngineProcess:
         self._exit_code: int | None = None
 
     @classmethod
-    async def start(cls, entry: EngineEntry) -> EngineProcess:
-        """Raises OSError where there can be no further process."""
+    async def start(cls, entry: EngineEntry, start_timeout: float) -> EngineProcess:
+        """Raises OSError or EOFError where there is no further process, TimeoutError after `start_timeout` seconds."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        spawning = asyncio.ensure_future(asyncio.to_thread(spawn, entry, theirs, os.getpid()))
-        # A thread cannot be cancelled: whatever becomes of this task, the socket is closed when it is done with it.
-        spawning.add_done_callback(lambda _: theirs.close())
+        spawning = asyncio.ensure_future(spawn(start_timeout, entry, theirs, os.getpid()))
+        # Its thread cannot be cancelled: whatever becomes of this task, the socket is closed when it is done with it.
+        spawning.add_done_callback(partial(_spawned, theirs))
         try:
             child = await asyncio.shield(spawning)
         except BaseException:
@@ -100,3 +101,9 @@ class EngineProcess:
         if code is None:
             return "unseen by its fork server"
         return f"with exit code {code}" if code >= 0 else f"by {signal.Signals(-code).name}"
+
+
+def _spawned(sock: socket.socket, spawning: asyncio.Task[Child]) -> None:
+    sock.close()
+    if not spawning.cancelled():
+        spawning.exception()  # asked for here: the caller may have gone on

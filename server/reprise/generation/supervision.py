@@ -29,6 +29,8 @@ class HangLimits:
     heartbeat_timeout: float = 10.0
     step_timeout: float = 300.0
     load_timeout: float = 1800.0
+    start_timeout: float = 600.0
+    """Of the process alone. It may have to wait for the fork server's imports, from a slow disk."""
 
 
 class Watchdog:
