@@ -114,6 +114,9 @@ class Settings(BaseModel):
     kernels: Literal["auto", "native", "torch"] = _setting(
         "auto", "Model", "What computes on a CPU; auto is the native decoder where it equals the model."
     )
+    speculate: Literal["none", "ngram"] = _setting(
+        "none", "Model", "Guess tokens from what the text said before; answers stay the same."
+    )
     quantize: Literal["none", "int8", "int4"] = _setting(
         "none", "Model", "Round weights to so many bits at load; needs the native decoder."
     )

@@ -167,14 +167,21 @@ def test_killed_meanwhile_and_after(served: Served) -> None:
 
 
 def test_another_server_and_replicas(served: Served) -> None:
-    """A server that was started again is one that was started later: the second here, asked in turns with the first."""
-    with served.another() as replica:
+    """A server that was started again is one that was started later: the second here, asked in turns with the first.
+
+    It guesses tokens ahead, too.
+    """
+    with served.another("--speculate", "ngram") as replica:
+        alone = one_by_one(replica.client, requests())
+        drafted = replica.metrics()["draft_tokens_total"]
         clients = [served.client, replica.client] * 25
         with ThreadPoolExecutor(50) as pool:
             found = list(pool.map(ask, clients, requests()))
             crossed = list(pool.map(ask, reversed(clients), requests(stream=True)))
     assert_same(found, served.expected)
     assert_same(crossed, served.expected)
+    assert_same(alone, served.expected)
+    assert drafted > 20
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -27,23 +27,8 @@ DENSE = ["llama", "qwen3", "mistral-window", "gemma2", "gemma3", "gpt-neox", "gp
 EXPERTS = ["mixtral", "qwen3-moe", "qwen2-moe", "granitemoe", "deepseek-v3", "gpt-oss"]
 NUM_TOKENS = {"paged": 8, "padded": 6}
 PROMPT_LENGTHS = {"paged": (1, 9, 26, 131, 150, 40), "padded": (1, 9, 26, 67, 71, 40)}
-WIDTH = 320
 NATIVE = ["llama", "qwen3", "mistral-window"]
 ModelDirectory = Callable[[str], Path]
-
-
-@pytest.fixture(scope="module")
-def wide_directory(tmp_path_factory: pytest.TempPathFactory) -> ModelDirectory:
-    """Models wide enough for the kernels of real ones: with 32 columns every product is summed in one order."""
-    made: dict[str, Path] = {}
-
-    def get(name: str) -> Path:
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp("wide") / name
-            tiny_models.build(name, width=WIDTH).save_pretrained(made[name])
-        return made[name]
-
-    return get
 
 
 @dataclass(frozen=True)
@@ -219,7 +204,7 @@ class TestStartUpCheck:
 
     def test_finds_experts_that_it_could_not_reach(self) -> None:
         """As a class that runs its experts in its own way."""
-        model = tiny_models.build("mixtral", width=WIDTH)
+        model = tiny_models.build("mixtral", width=320)
         own = model.config._experts_implementation
         shapes = paged_gate(model).shapes
         assert repeatability.check_paged(model, shapes, 256, fixed_order=True).passed

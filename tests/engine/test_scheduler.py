@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reprise.engine.block_pool import BlockPool
-from reprise.engine.scheduler import Batch, Scheduler, SchedulingLimits
+from reprise.engine.scheduler import Batch, ScheduledSequence, Scheduler, SchedulingLimits
 from reprise.engine.sequence import Sequence, SequenceStatus
 from reprise.engine.step_limit import GOOD_STEPS
 from reprise.types import SamplingParams
@@ -37,18 +37,31 @@ def make_scheduler(num_blocks: int = 16, block_size: int = 4, **limits: int | bo
     return Scheduler(SchedulingLimits(**values), BlockPool(num_blocks, block_size))  # type: ignore[arg-type]  # ints and bools by name
 
 
+def next_token(sequence: Sequence) -> int:
+    """It depends on the sequence alone, and repeats itself for a while."""
+    return (sequence.token_ids[-1] + sequence.num_tokens // 6) % 3
+
+
 def complete(scheduler: Scheduler, batch: Batch) -> list[Sequence]:
-    """What the engine core does after a step, with a token that depends on the sequence alone."""
+    """What the engine core does after a step."""
     finished = []
     for scheduled in batch:
         completes = scheduled.completes_pass
         scheduler.advance(scheduled)
         if completes:
             sequence = scheduled.sequence
-            sequence.token_ids.append(sequence.num_tokens)
-            if sequence.num_output_tokens >= sequence.sampling.max_tokens:
+            num_before = sequence.num_tokens
+            sequence.token_ids.append(next_token(sequence))
+            for guess in scheduled.draft_token_ids:
+                if guess != sequence.token_ids[-1]:
+                    break
+                sequence.token_ids.append(next_token(sequence))
+            assert sequence.num_output_tokens <= sequence.sampling.max_tokens
+            if sequence.num_output_tokens == sequence.sampling.max_tokens:
                 assert scheduler.finish(sequence)
                 finished.append(sequence)
+            else:
+                scheduler.keep_drafts(scheduled, sequence.num_tokens - num_before - 1)
     scheduler.check()
     return finished
 
@@ -224,15 +237,21 @@ class Content:
         """A step as the model does it: all writes, then all reads, each of which must find its own prefix."""
         written = set()
         for scheduled in batch:
-            for position in range(scheduled.start, scheduled.end):
+            token_ids = self._token_ids(scheduled)
+            for position in range(scheduled.start, len(token_ids)):
                 slot = self._slot(scheduled.sequence, position)
                 assert slot not in written, "two sequences write to one slot"
                 written.add(slot)
-                self._slots[slot] = tuple(scheduled.sequence.token_ids[: position + 1])
+                self._slots[slot] = token_ids[: position + 1]
         for scheduled in batch:
-            for position in range(scheduled.end):
+            token_ids = self._token_ids(scheduled)
+            for position in range(len(token_ids)):
                 found = self._slots.get(self._slot(scheduled.sequence, position))
-                assert found == tuple(scheduled.sequence.token_ids[: position + 1]), "a slot that is somebody else's"
+                assert found == token_ids[: position + 1], "a slot that is somebody else's"
+
+    @staticmethod
+    def _token_ids(scheduled: ScheduledSequence) -> tuple[int, ...]:
+        return tuple(scheduled.sequence.token_ids[: scheduled.start] + scheduled.token_ids)
 
     def _slot(self, sequence: Sequence, position: int) -> tuple[int, int]:
         return sequence.block_ids[position // self._block_size], position % self._block_size
@@ -247,6 +266,7 @@ class Content:
     budget=st.integers(5, 40),
     chunked=st.booleans(),
     shortages=SHORTAGES,
+    max_draft_rows=st.sampled_from([0, 0, 3, 8]),
 )
 def test_every_request_ends_exactly_once_and_reads_what_was_computed_for_it(
     arrivals: list[tuple[int, int, bool, int, int, int | None, int | None]],
@@ -257,6 +277,7 @@ def test_every_request_ends_exactly_once_and_reads_what_was_computed_for_it(
     *,
     chunked: bool,
     shortages: set[int],
+    max_draft_rows: int,
 ) -> None:
     scheduler = make_scheduler(
         num_blocks,
@@ -264,6 +285,7 @@ def test_every_request_ends_exactly_once_and_reads_what_was_computed_for_it(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget if chunked else budget + 28,
         chunked=chunked,
+        max_draft_rows=max_draft_rows,
     )
     content = Content(block_size)
     sequences = [
@@ -281,7 +303,7 @@ def test_every_request_ends_exactly_once_and_reads_what_was_computed_for_it(
             break
         batch = scheduler.schedule()
         assert bool(batch) == scheduler.has_work, "work that nobody does"
-        assert sum(s.num_tokens for s in batch) <= scheduler._limits.max_num_batched_tokens
+        assert sum(s.num_rows for s in batch) <= scheduler._limits.max_num_batched_tokens
         content.compute(batch)
         restarted = [s for s in batch if arrivals[s.sequence.sequence_id][-1] == step]
         for scheduled in restarted:
@@ -303,6 +325,7 @@ def simulate(seed: int) -> None:
         block_size,
         max_num_seqs=random.randint(2, 5),
         max_num_batched_tokens=random.randint(5, 14),
+        max_draft_rows=random.choice([0, 5, 9]),
     )
     content = Content(block_size)
     alive: dict[int, Sequence] = {}

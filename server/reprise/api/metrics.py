@@ -123,13 +123,15 @@ class _EngineCollector:
         num_kv_tokens = info.num_kv_tokens if info is not None else 0
         used = stats.num_kv_tokens_used / num_kv_tokens if num_kv_tokens else 0.0
         yield _gauge("num_requests_running", "Sequences that run.", stats.num_running)
-        yield _gauge("num_requests_waiting", "Sequences that wait for a place.", stats.num_waiting)
+        yield _gauge("num_requests_waiting", "Sequences that wait for a place, or for an engine.", stats.num_waiting)
         yield _gauge("kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.", used)
         yield _gauge("kv_cache_tokens", "Tokens that the KV cache holds.", num_kv_tokens)
         yield _gauge("kv_cache_reusable_tokens", "Tokens kept for reuse.", stats.num_kv_tokens_cached)
         yield _counter("prompt_tokens", "Tokens of prompts.", stats.num_prompt_tokens)
         yield _counter("cached_prompt_tokens", "Prompt tokens that were reused.", stats.num_cached_tokens)
         yield _counter("generation_tokens", "Generated tokens.", stats.num_generated_tokens)
+        yield _counter("draft_tokens", "Tokens that were guessed ahead.", stats.num_draft_tokens)
+        yield _counter("kept_draft_tokens", "Of these those that were right.", stats.num_kept_draft_tokens)
         yield _counter("engine_steps", "Steps of the engine.", stats.num_steps)
         yield _counter("engine_step_seconds", "Time spent in steps.", stats.step_seconds)
         yield _counter("num_preemptions", "Sequences that gave up their place.", stats.num_preemptions)

@@ -18,6 +18,9 @@ from reprise.types import FinishReason
 
 logger = logging.getLogger(__name__)
 
+Drawn = dict[int, list[Sampled]]
+"""By sequence id, what was drawn from each row of its logits: a token, and one more behind each of its draft."""
+
 ERROR_MESSAGES = {
     "numerical_error": "the model produced logits that are no numbers for this sequence",
     "no_admissible_token": "the request's masks (allowed_token_ids, bad_words, min_tokens) leave no token to choose",
@@ -40,6 +43,8 @@ class EngineCore:
         self._num_cached_tokens = 0
         self._num_generated_tokens = 0
         self._num_memory_shortages = 0
+        self._num_draft_tokens = 0
+        self._num_kept_draft_tokens = 0
 
     @property
     def has_work(self) -> bool:
@@ -80,7 +85,8 @@ class EngineCore:
                 continue
             completes_pass = scheduled.completes_pass
             self._scheduler.advance(scheduled)
-            sampled = drawn[sequence.sequence_id]
+            rows = drawn[sequence.sequence_id]
+            sampled = rows[0] if rows else None
             if sampled is not None and sampled.error_code is not None:
                 if sampled.error_code == "numerical_error":
                     # Any block that it read may hold what is no number, those that it found in the cache as well.
@@ -91,7 +97,7 @@ class EngineCore:
                     self._scheduler.taint(sequence, scheduled.start)
                 outputs.append(self._finish(sequence, FinishReason.ERROR, error_code=sampled.error_code))
             elif completes_pass:
-                outputs.append(self._append(sequence, sampled))
+                outputs += self._append_all(scheduled, rows)
         return outputs
 
     def stats(self, step_seconds: float = 0.0) -> EngineStats:
@@ -107,6 +113,8 @@ class EngineCore:
             num_cached_tokens=self._num_cached_tokens,
             num_generated_tokens=self._num_generated_tokens,
             num_memory_shortages=self._num_memory_shortages,
+            num_draft_tokens=self._num_draft_tokens,
+            num_kept_draft_tokens=self._num_kept_draft_tokens,
             step_seconds=step_seconds,
         )
 
@@ -115,14 +123,14 @@ class EngineCore:
         self._scheduler.check()
         assert len(self._sequences) == self._scheduler.num_running + self._scheduler.num_waiting
 
-    def _evaluate(self, batch: Batch) -> dict[int, Sampled | None]:
-        """What the model draws for each sequence id, None where nothing was to be drawn.
+    def _evaluate(self, batch: Batch) -> Drawn:
+        """What the model draws for each sequence of the batch; nothing where nothing was to be drawn.
 
         After a failure the batch is computed in halves, down to single entries. One that fails alone gets an error,
         or is left out to be computed in smaller chunks where memory is what it lacks; one that shares blocks with it
         is left out as well, since what it would read is not to be trusted.
         """
-        drawn: dict[int, Sampled | None] = {}
+        drawn: Drawn = {}
         tainted: set[int] = set()
         released = several_were_short = one_was_short = False
         parts = [batch]
@@ -149,11 +157,11 @@ class EngineCore:
             one_was_short |= error_code == OUT_OF_MEMORY
             if error_code != OUT_OF_MEMORY or not self._scheduler.shrink(scheduled):
                 logger.warning("sequence %d fails alone: %s", sequence.sequence_id, error_code)
-                drawn[sequence.sequence_id] = Sampled(error_code=error_code)
+                drawn[sequence.sequence_id] = [Sampled(error_code=error_code)]
         self._scheduler.step_limit.note(short=several_were_short and not one_was_short)
         return drawn
 
-    def _attempt(self, part: Batch, drawn: dict[int, Sampled | None]) -> str | None:
+    def _attempt(self, part: Batch, drawn: Drawn) -> str | None:
         """Compute entries together and take down what they draw; the code of the error where that fails."""
         try:
             drawn |= self._run(part)
@@ -173,11 +181,12 @@ class EngineCore:
         self._num_memory_shortages += 1
         return OUT_OF_MEMORY
 
-    def _run(self, batch: Batch) -> dict[int, Sampled | None]:
+    def _run(self, batch: Batch) -> Drawn:
         """Forward, prompt scores and draws. Changes no sequence but for its prompt's log-probabilities."""
         logits = self._runner.run(batch)
         sequences: list[Sequence] = []
-        last_rows: list[int] = []
+        sampled_rows: list[int] = []
+        ahead: list[int] = []
         broken: set[int] = set()
         offset = 0
         for scheduled in batch:
@@ -188,13 +197,35 @@ class EngineCore:
                 if bool(no_numbers(rows.float()).any()):
                     broken.add(scheduled.sequence.sequence_id)
             if scheduled.completes_pass and scheduled.sequence.sampling.max_tokens > 0:
-                sequences.append(scheduled.sequence)
-                last_rows.append(offset - 1)
-        drawn: dict[int, Sampled | None] = {s.sequence.sequence_id: None for s in batch}
+                count = 1 + len(scheduled.draft_token_ids)
+                sequences += [scheduled.sequence] * count
+                sampled_rows += range(offset - count, offset)
+                ahead += range(count)
+        drawn: Drawn = {s.sequence.sequence_id: [] for s in batch}
         if sequences:
-            sampled = self._sampler.sample(sequences, logits[torch.tensor(last_rows, device=logits.device)])
-            drawn |= {s.sequence_id: result for s, result in zip(sequences, sampled, strict=True)}
-        return drawn | {sequence_id: Sampled(error_code="numerical_error") for sequence_id in broken}
+            chosen = logits[torch.tensor(sampled_rows, device=logits.device)]
+            for sequence, sampled in zip(sequences, self._sampler.sample(sequences, chosen, ahead), strict=True):
+                drawn[sequence.sequence_id].append(sampled)
+        return drawn | {sequence_id: [Sampled(error_code="numerical_error")] for sequence_id in broken}
+
+    def _append_all(self, scheduled: ScheduledSequence, rows: list[Sampled]) -> list[SequenceOutput]:
+        """Take the new token, and of the draft what it would have been anyway with what comes behind it.
+
+        Each token has an output of its own, as if it had come alone.
+        """
+        sequence, draft = scheduled.sequence, scheduled.draft_token_ids
+        outputs = [self._append(sequence, rows[0] if rows else None)]
+        num_kept = 0
+        for guess, token, behind in zip(draft, rows, rows[1:], strict=False):
+            if guess != token.token_id or outputs[-1].finish_reason is not None or behind.error_code is not None:
+                break
+            num_kept += 1
+            outputs.append(self._append(sequence, behind))
+        self._num_draft_tokens += len(draft)
+        self._num_kept_draft_tokens += num_kept
+        if outputs[-1].finish_reason is None:
+            self._scheduler.keep_drafts(scheduled, num_kept)
+        return outputs
 
     def _append(self, sequence: Sequence, sampled: Sampled | None) -> SequenceOutput:
         """Take the new token (None: the prompt alone was to be scored) and decide whether it is the last."""

@@ -32,6 +32,8 @@ from reprise.errors import ModelLoadError
 from reprise.ipc.messages import EngineConfig, Tier
 
 PADDED_BYTES_PER_TOKEN_FALLBACK = 4096
+MAX_DRAFT_ROWS = 8
+"""Of a step: as many as cost hardly more than one, since they are computed while the weights are read."""
 ALONE_STEP_TOKENS = 128
 """Of a step where each token may be a forward of its own: so that a replay does not stop the other streams for long."""
 
@@ -87,8 +89,8 @@ def choose_execution(
         paged = torch_paged if refusal else native_paged
         return paged(model, config, tier, max_model_len, device)
     if config.quantize != "none":
-        paged = "which the native decoder does, on the paged tier"
-        raise ModelLoadError(f"--quantize {config.quantize} was asked for, {paged}: {tier.reason}")
+        where = "which the native decoder does, on the paged tier"
+        raise ModelLoadError(f"--quantize {config.quantize} was asked for, {where}: {tier.reason}")
     if config.deterministic:
         return alone(model, config, tier, max_model_len, device)
     return padded(model, config, tier, max_model_len, device)
@@ -273,7 +275,10 @@ def padded_bytes_per_token(model: PreTrainedModel) -> int:
 
 def paged_limits(config: EngineConfig) -> SchedulingLimits:
     budget = max(config.max_num_batched_tokens, config.max_num_seqs)
-    return SchedulingLimits(config.max_num_seqs, budget, prefix_cache=config.prefix_cache)
+    max_draft_rows = MAX_DRAFT_ROWS if config.speculate == "ngram" else 0
+    return SchedulingLimits(
+        config.max_num_seqs, budget, prefix_cache=config.prefix_cache, max_draft_rows=max_draft_rows
+    )
 
 
 def _windows(tier: GateResult) -> list[int | None]:

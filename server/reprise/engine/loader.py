@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -72,6 +73,10 @@ def load(config: EngineConfig, progress: Progress) -> LoadedModel:
     pool = execution.pool
     progress("checking that answers repeat", 0.95)
     repeatability = checked(config, execution)
+    limits = execution.limits
+    if limits.max_draft_rows and not repeatability.passed:
+        logger.warning("--speculate %s is without effect: answers would depend on it here", config.speculate)
+        limits = dataclasses.replace(limits, max_draft_rows=0)
     ready = Ready(
         tier=execution.tier,
         tier_reason=execution.reason,
@@ -94,7 +99,7 @@ def load(config: EngineConfig, progress: Progress) -> LoadedModel:
         deterministic_reason=repeatability.reason,
         numerics_fingerprint=repeatability.fingerprint,
     )
-    return LoadedModel(execution.runner, execution.selection, execution.limits, pool.num_blocks, pool.block_size, ready)
+    return LoadedModel(execution.runner, execution.selection, limits, pool.num_blocks, pool.block_size, ready)
 
 
 def choose_device(device: str) -> torch.device:

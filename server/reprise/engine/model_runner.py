@@ -58,9 +58,9 @@ class PagedRunner:
             start = len(input_ids)
             slots = self._slots(scheduled)
             new_slots.append(slots[scheduled.start :])
-            spans.append(SequenceSpan(start, scheduled.num_tokens, slots.to(device)))
-            input_ids += scheduled.sequence.token_ids[scheduled.start : scheduled.end]
-            position_ids += range(scheduled.start, scheduled.end)
+            spans.append(SequenceSpan(start, scheduled.num_rows, slots.to(device)))
+            input_ids += scheduled.token_ids
+            position_ids += range(scheduled.start, scheduled.start + scheduled.num_rows)
             logit_rows += range(len(input_ids) - scheduled.num_logit_rows, len(input_ids))
         row_multiple = ROW_MULTIPLE if self._fixed_order else 1
         padding = -len(input_ids) % row_multiple
@@ -87,4 +87,4 @@ class PagedRunner:
 
     def _slots(self, scheduled: ScheduledSequence) -> Tensor:
         blocks = torch.tensor(scheduled.sequence.block_ids, dtype=torch.int64)
-        return (blocks[:, None] * self._block_size + self._offsets).flatten()[: scheduled.end]
+        return (blocks[:, None] * self._block_size + self._offsets).flatten()[: scheduled.start + scheduled.num_rows]

@@ -100,18 +100,6 @@ class _Constraints:
             row.masked_fill_(forbidden[: row.shape[0]].to(self._device), processors.REMOVED)
 
 
-def _needs_constraints(sampling: SamplingParams, num_output_tokens: int) -> bool:
-    return bool(
-        sampling.presence_penalty
-        or sampling.frequency_penalty
-        or sampling.repetition_penalty != 1.0
-        or sampling.allowed_token_ids is not None
-        or sampling.logit_bias
-        or sampling.bad_words
-        or num_output_tokens < sampling.min_tokens
-    )
-
-
 class Sampler:
     """`token_bytes`: what each token spells, for bad words; None where the tokenizer cannot tell."""
 
@@ -125,13 +113,17 @@ class Sampler:
         self._constraints.pop(sequence.sequence_id, None)
 
     @torch.inference_mode()
-    def sample(self, sequences: list[Sequence], logits: Tensor) -> list[Sampled]:
-        """One token for each row of `logits` [B, vocab]; the ids and log-probabilities reach the host once."""
+    def sample(self, sequences: list[Sequence], logits: Tensor, ahead: list[int] | None = None) -> list[Sampled]:
+        """One token for each row of `logits` [B, vocab]; the ids and log-probabilities reach the host once.
+
+        `ahead`: of each row, how many tokens lie between the sequence's last one and the row's: none by default, else
+        the sequence is not constrained.
+        """
         raw = logits.float()
         scores = self.processed(sequences, raw)
         most_likely = self._selection.highest(raw)
         best = most_likely if scores is raw else self._selection.highest(scores)
-        token_ids = self._draw(sequences, scores, best.token_ids)
+        token_ids = self._draw(sequences, scores, best.token_ids, ahead or [0] * len(sequences))
         broken = _are_broken(most_likely) | best.has_nan
         barred = best.scores == processors.REMOVED
         logprobs = row_logprobs(raw, token_ids, [sequence.sampling.num_logprobs for sequence in sequences])
@@ -162,7 +154,7 @@ class Sampler:
     def _constrained(self, sequences: list[Sequence], raw: Tensor) -> Tensor:
         held: dict[int, _Constraints] = {}
         for row, sequence in enumerate(sequences):
-            if _needs_constraints(sequence.sampling, sequence.num_output_tokens):
+            if sequence.is_constrained:
                 held[row] = self._catch_up(sequence, raw)
         if not held:
             return raw
@@ -192,12 +184,13 @@ class Sampler:
         constraints.catch_up()
         return constraints
 
-    def _draw(self, sequences: list[Sequence], scores: Tensor, token_ids: Tensor) -> Tensor:
+    def _draw(self, sequences: list[Sequence], scores: Tensor, token_ids: Tensor, ahead: list[int]) -> Tensor:
         """[B] int64: of `token_ids`, the most likely ones, where the temperature is 0, else the Gumbel maximum."""
         rows = [row for row, sequence in enumerate(sequences) if sequence.sampling.temperature >= GREEDY_BELOW]
         if rows:
             keys = [
-                draw_key(s.sampling.seed, s.choice_index, s.num_output_tokens) for s in (sequences[row] for row in rows)
+                draw_key(s.sampling.seed, s.choice_index, s.num_output_tokens + ahead[row])
+                for row, s in ((row, sequences[row]) for row in rows)
             ]
             index = torch.tensor(rows, device=scores.device)
             drawn = self._selection.draw(scores if len(rows) == len(sequences) else scores[index], keys)

@@ -9,16 +9,20 @@ Rules that live here:
     tokens are free.
  4. When blocks run out, the youngest running sequence gives up all of its own and waits at its old place.
  5. `finish` alone ends a sequence, exactly once.
- 6. While memory is short a step is smaller: the youngest running sequences beyond `StepLimit` wait at their old place.
+ 6. Where nothing but single tokens is computed, drafts of the sequences fill the step up to `max_draft_rows`. Their
+    keys and values lie behind the sequence's own tokens; what is not kept of them is written over.
+ 7. While memory is short a step is smaller: the youngest running sequences beyond `StepLimit` wait at their old place.
 """
 
 from __future__ import annotations
 
 import bisect
+import dataclasses
 from collections import OrderedDict, deque
 from dataclasses import dataclass
 
 from reprise.engine.block_pool import BlockPool
+from reprise.engine.prompt_lookup import PromptLookup
 from reprise.engine.sequence import Sequence, SequenceStatus
 from reprise.engine.step_limit import MIN_CHUNK, StepLimit
 
@@ -30,10 +34,23 @@ class ScheduledSequence:
     sequence: Sequence
     start: int
     num_tokens: int
+    draft_token_ids: tuple[int, ...] = ()
+    """Guesses of what comes next, computed behind the sequence's own tokens."""
 
     @property
     def end(self) -> int:
+        """Of the sequence's own tokens."""
         return self.start + self.num_tokens
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens that are computed, drafts among them."""
+        return self.num_tokens + len(self.draft_token_ids)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Those that are computed."""
+        return [*self.sequence.token_ids[self.start : self.end], *self.draft_token_ids]
 
     @property
     def completes_pass(self) -> bool:
@@ -41,10 +58,10 @@ class ScheduledSequence:
 
     @property
     def num_logit_rows(self) -> int:
-        """How many of the last positions need logits: all to score a prompt, else the one that is sampled."""
+        """How many of the last positions need logits: all to score a prompt, else those that are sampled."""
         if self.sequence.scores_prompt:
             return self.num_tokens
-        return 1 if self.completes_pass else 0
+        return 1 + len(self.draft_token_ids) if self.completes_pass else 0
 
 
 Batch = list[ScheduledSequence]
@@ -52,12 +69,16 @@ Batch = list[ScheduledSequence]
 
 @dataclass(frozen=True, slots=True)
 class SchedulingLimits:
-    """`chunked`: whether a pass may be spread over steps; without, a pass fits the budget whole or waits."""
+    """`chunked`: whether a pass may be spread over steps; without, a pass fits the budget whole or waits.
+
+    `max_draft_rows`: tokens of a step that drafts may fill up, 0 for none.
+    """
 
     max_num_seqs: int
     max_num_batched_tokens: int
     chunked: bool = True
     prefix_cache: bool = True
+    max_draft_rows: int = 0
 
     def __post_init__(self) -> None:
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -76,13 +97,15 @@ class _Plan:
         return list(self._scheduled.values())
 
     def add(self, scheduled: ScheduledSequence) -> None:
+        """In place of what there is of the sequence."""
+        self.remove(scheduled.sequence)
         self._scheduled[scheduled.sequence.sequence_id] = scheduled
-        self.budget -= scheduled.num_tokens
+        self.budget -= scheduled.num_rows
 
     def remove(self, sequence: Sequence) -> ScheduledSequence | None:
         scheduled = self._scheduled.pop(sequence.sequence_id, None)
         if scheduled is not None:
-            self.budget += scheduled.num_tokens
+            self.budget += scheduled.num_rows
         return scheduled
 
 
@@ -95,6 +118,7 @@ class Scheduler:
         self._waiting: OrderedDict[int, Sequence] = OrderedDict()
         self._preempted: list[Sequence] = []
         self._running: list[Sequence] = []
+        self._lookups: dict[int, PromptLookup] = {}
         self._next_turn = 0
         self.step_limit = StepLimit(limits.max_num_seqs, limits.max_num_batched_tokens)
         self.num_preemptions = 0
@@ -140,6 +164,8 @@ class Scheduler:
                     break
             else:
                 break
+        if self._limits.max_draft_rows:
+            self._add_drafts(plan)
         return plan.batch
 
     def advance(self, scheduled: ScheduledSequence) -> None:
@@ -150,6 +176,15 @@ class Scheduler:
             sequence.turn = self._take_turn()
             if not sequence.sampling.use_cache:
                 sequence.num_computed_tokens = 0
+
+    def keep_drafts(self, scheduled: ScheduledSequence, num_kept: int) -> None:
+        """So many tokens of the draft were chosen, and appended with one more. Called after `advance`."""
+        sequence = scheduled.sequence
+        sequence.num_computed_tokens += num_kept
+        sequence.num_kept_drafts = num_kept
+        lookup = self._lookups.get(sequence.sequence_id)
+        if lookup is not None and scheduled.draft_token_ids:
+            lookup.note(len(scheduled.draft_token_ids), num_kept)
 
     def restart(self, sequence: Sequence) -> None:
         """A running sequence begins its pass anew: what it shares with a failed one is not to be trusted."""
@@ -179,6 +214,7 @@ class Scheduler:
         """End a sequence, whatever its status. False where it had ended before."""
         if sequence.status is SequenceStatus.FINISHED:
             return False
+        self._lookups.pop(sequence.sequence_id, None)
         if sequence.status is SequenceStatus.RUNNING:
             self._running.remove(sequence)
             self._release(sequence)
@@ -290,15 +326,37 @@ class Scheduler:
         assert grown
         plan.add(scheduled)
         if self._limits.prefix_cache and sequence.uses_prefix_cache:
+            # Blocks that were filled by drafts are whole since the last step.
+            first = scheduled.start - sequence.num_kept_drafts
             # Findable at once: a step writes all keys and values of a layer before it reads any, so sequences
             # of the same step (the choices of one request) share the prompt that one of them computes.
-            for index in range(scheduled.start // self._pool.block_size, scheduled.end // self._pool.block_size):
+            for index in range(first // self._pool.block_size, scheduled.end // self._pool.block_size):
                 self._pool.register(sequence.block_ids[index], sequence.digest(index, self._pool.block_size))
+
+    def _add_drafts(self, plan: _Plan) -> None:
+        """Fill up a step of single tokens with what its sequences may say next, in equal shares."""
+        batch = plan.batch
+        room = min(self._limits.max_draft_rows - len(batch), plan.budget)
+        share = room // len(batch) if batch else 0
+        if share <= 0 or any(scheduled.num_tokens > 1 for scheduled in batch):
+            return
+        for scheduled in batch:
+            sequence = scheduled.sequence
+            if not scheduled.completes_pass or not sequence.takes_drafts:
+                continue
+            lookup = self._lookups.get(sequence.sequence_id)
+            if lookup is None:
+                lookup = self._lookups[sequence.sequence_id] = PromptLookup(sequence)
+            # The token behind the draft is the last that may come.
+            left = sequence.sampling.max_tokens - sequence.num_output_tokens - 1
+            draft = lookup.propose(min(share, left))
+            if draft and self._grow(sequence, scheduled.end + len(draft)):
+                plan.add(dataclasses.replace(scheduled, draft_token_ids=draft))
 
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
         self._release(sequence)
-        sequence.num_computed_tokens = 0
+        sequence.num_computed_tokens = sequence.num_kept_drafts = 0
         sequence.status = SequenceStatus.WAITING
         bisect.insort(self._preempted, sequence, key=lambda s: s.arrival)
         self.num_preemptions += 1

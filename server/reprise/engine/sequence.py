@@ -54,6 +54,8 @@ class Sequence:
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         if sampling.num_prompt_logprobs is not None and not output_token_ids:
             self.prompt_logprobs = [None] * self.num_prompt_tokens
+        self.num_kept_drafts = 0
+        """Tokens of the last step's draft that were kept: they were computed with it."""
         self._digests: list[bytes] = []
 
     @property
@@ -80,6 +82,25 @@ class Sequence:
     @property
     def uses_prefix_cache(self) -> bool:
         return self.sampling.use_cache and not self.computes_all
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether the next token's scores follow from other tokens, or masks, beside the logits."""
+        sampling = self.sampling
+        return bool(
+            sampling.presence_penalty
+            or sampling.frequency_penalty
+            or sampling.repetition_penalty != 1.0
+            or sampling.allowed_token_ids is not None
+            or sampling.logit_bias
+            or sampling.bad_words
+            or self.num_output_tokens < sampling.min_tokens
+        )
+
+    @property
+    def takes_drafts(self) -> bool:
+        """Whether several of its next tokens can be chosen in one step."""
+        return self.sampling.use_cache and not self.is_constrained and not self.scores_prompt
 
     def digest(self, block_index: int, block_size: int) -> bytes:
         """The digest of a whole block of this sequence. Tokens are only ever appended, so it never changes."""

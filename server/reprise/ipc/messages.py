@@ -38,6 +38,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes of the KV pool; None chooses from the memory at hand."""
     gpu_memory_utilization: float = 0.9
     prefix_cache: bool = True
+    speculate: Literal["none", "ngram"] = "none"
+    """Where guesses of what comes next are from."""
     num_threads: int | None = None
     deterministic: bool | None = None
     """Whether bits may not depend on company; None: where it is cheap, that is on the paged tier."""
@@ -158,6 +160,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_generated_tokens: int = 0
     num_memory_shortages: int = 0
     """Forwards that ran out of memory and were repeated in smaller parts."""
+    num_draft_tokens: int = 0
+    """Guesses of what comes next that were computed, and of them those that were right."""
+    num_kept_draft_tokens: int = 0
     step_seconds: float = 0.0
     """Sum over all steps."""
 

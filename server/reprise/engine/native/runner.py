@@ -34,14 +34,14 @@ class NativeRunner:
         slots: list[np.ndarray] = []
         tables: list[np.ndarray] = []
         for scheduled, span in zip(batch, spans, strict=True):
-            sequence, start, end = scheduled.sequence, scheduled.start, scheduled.end
+            sequence, start, end = scheduled.sequence, scheduled.start, scheduled.start + scheduled.num_rows
             table = np.array(sequence.block_ids, dtype=np.int32)
             if len(self._parts) > 1:
                 table = (table[:, None] * len(self._parts) + self._parts).reshape(-1)
             places = np.arange(start, end, dtype=np.int32)
             span.query_start, span.num_queries, span.num_tokens = len(token_ids), end - start, end
             span.blocks = table.ctypes.data
-            token_ids += sequence.token_ids[start:end]
+            token_ids += scheduled.token_ids
             logit_rows += range(len(token_ids) - scheduled.num_logit_rows, len(token_ids))
             positions.append(places)
             slots.append(table[places // BLOCK] * BLOCK + places % BLOCK)
