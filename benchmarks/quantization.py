@@ -1,6 +1,7 @@
 """What --quantize costs in exactness and gives in speed, on the native decoder, without processes and HTTP.
 
-  perplexity         of the bundled model over its own texts (recipes/pocket/text), its end included; e to the mean loss
+  perplexity         of the bundled model over the answers in conversations as its recipe draws them, with a seed that
+                     its training did not have; their wordings it knows
   logit error        on models with random weights, over random tokens: how far logits are from those of the weights as
                      they are, as a share of what they vary by; nothing corrects errors there, as training would
   tokens a second    of decoding so many sequences together
@@ -26,6 +27,7 @@ from torch import Tensor
 from benchmarks.report import print_report
 from benchmarks.shapes import SHAPES, write_model
 from benchmarks.steps import seconds_a_step
+from recipes.pocket.conversations import training_texts
 from reprise.engine.core import EngineCore
 from reprise.engine.loader import LoadedModel, load
 from reprise.engine.process import build_core
@@ -35,7 +37,7 @@ from reprise.ipc.messages import EngineConfig
 from reprise.types import SamplingParams
 
 KV_CACHE_BYTES = 1 << 28
-TEXTS = Path(__file__).parents[1] / "recipes" / "pocket" / "text"
+CONVERSATIONS_SEED = 1_000_003
 SCORED = SamplingParams(seed=0, max_tokens=0, num_prompt_logprobs=0)
 
 
@@ -46,23 +48,30 @@ def logits(loaded: LoadedModel, token_ids: list[int]) -> Tensor:
     return loaded.runner.run([ScheduledSequence(sequence, 0, len(token_ids))]).clone()
 
 
-def losses(loaded: LoadedModel, token_ids: list[int]) -> Tensor:
-    """Of each token but the first, in nats."""
-    return torch.nn.functional.cross_entropy(
-        logits(loaded, token_ids)[:-1], torch.tensor(token_ids[1:]), reduction="none"
-    )
-
-
-def pocket_windows(num_tokens: int, window: int) -> list[list[int]]:
-    """The bundled model's texts in tokens, in windows."""
+def conversations(num_tokens: int) -> list[tuple[list[int], list[float]]]:
+    """Token ids and the weight of each, about so many tokens in all."""
     tokenizer = Tokenizer.from_file(str(resources.files("reprise") / "pocket" / "tokenizer.json"))
-    text = "\n".join(path.read_text(encoding="utf-8") for path in sorted(TEXTS.iterdir()))
-    ids = tokenizer.encode(text, add_special_tokens=False).ids[:num_tokens]
-    return [ids[start : start + window] for start in range(0, len(ids) - 1, window)]
+    drawn: list[tuple[list[int], list[float]]] = []
+    for pieces in training_texts(CONVERSATIONS_SEED, lambda pieces: sum(len(text) for text, _ in pieces) < 400):
+        ids, weights = [], []
+        for text, weight in pieces:
+            new = tokenizer.encode(text, add_special_tokens=False).ids
+            ids += new
+            weights += [weight] * len(new)
+        drawn.append((ids, weights))
+        num_tokens -= len(ids)
+        if num_tokens <= 0:
+            break
+    return drawn
 
 
-def perplexity(loaded: LoadedModel, windows: Sequence[list[int]]) -> float:
-    return math.exp(float(torch.cat([losses(loaded, window) for window in windows]).mean()))
+def perplexity(loaded: LoadedModel, texts: Sequence[tuple[list[int], list[float]]]) -> float:
+    """E to the mean loss of the tokens that count in full, as an answer's do."""
+    losses = []
+    for ids, weights in texts:
+        of_next = torch.nn.functional.cross_entropy(logits(loaded, ids)[:-1], torch.tensor(ids[1:]), reduction="none")
+        losses.append(of_next[torch.tensor(weights[1:]) == 1])
+    return math.exp(float(torch.cat(losses).mean()))
 
 
 def error(found: Tensor, reference: Tensor) -> float:
@@ -89,7 +98,7 @@ def measure(model: str, directory: str, options: argparse.Namespace) -> list[dic
     loaded = load_formats(directory, options.dtype)
     ids = torch.randint(0, loaded["none"].ready.vocab_size, (256,), generator=torch.Generator().manual_seed(1)).tolist()
     reference = logits(loaded["none"], ids)
-    windows = pocket_windows(options.tokens, 512) if model == "pocket" else []
+    texts = conversations(options.tokens) if model == "pocket" else []
     cores: dict[str, EngineCore] = {name: build_core(one, None) for name, one in loaded.items()}
     rates: dict[str, dict[int, float]] = {name: {} for name in cores}
     first_id = 1
@@ -104,7 +113,7 @@ def measure(model: str, directory: str, options: argparse.Namespace) -> list[dic
             "model": model,
             "quantize": name,
             "kernels": one.ready.kernels,
-            "perplexity": perplexity(one, windows) if windows else None,
+            "perplexity": perplexity(one, texts) if texts else None,
             "logit_error": error(logits(one, ids), reference),
             "tokens_per_second": rates[name],
         }
@@ -123,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="pocket, and shapes that are made with random weights: %(choices)s", metavar="NAME",
     )  # fmt: skip
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--tokens", type=int, default=20_000, help="of the text (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=20_000, help="of the conversations (default: %(default)s)")
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=3)

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks import floors, layers, load, rows, shapes, steps, use_cache
+from benchmarks import floors, layers, load, quantization, rows, shapes, steps, use_cache
 from benchmarks.load import Load, summarise
 from benchmarks.report import percentile, table
 from benchmarks.streaming import StreamTimes, stream_completion
 from reprise.engine import attention
+from reprise.engine.native.library import built_variants
 
 FIXED_ATTENTION = attention.attend
 ROOT = Path(__file__).parents[2]
@@ -29,7 +30,8 @@ def result_of(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], dict[str, 
 
 
 @pytest.mark.parametrize(
-    "name", ["load", "use_cache", "floors", "shapes", "rows", "steps", "peers", "convert_gguf", "layers"]
+    "name",
+    ["load", "use_cache", "floors", "shapes", "rows", "steps", "peers", "convert_gguf", "layers", "quantization"],
 )
 def test_help(name: str) -> None:
     finished = subprocess.run(
@@ -52,6 +54,20 @@ def test_load_measures_and_verifies_every_token(live_base_url: str, capsys: pyte
         assert 0 < measured["ttft_ms"]["p50"] <= measured["ttft_ms"]["p99"]
         assert measured["itl_ms"]["p50"] > 0
         assert measured["output_tokens_per_second"] == pytest.approx(24 / measured["seconds"])
+
+
+@pytest.mark.skipif(not built_variants(), reason="the native decoder was not built for this CPU")
+def test_quantization_tells_errors_and_perplexity(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", "pocket", "--dtype", "float32", "--tokens", "900", "--sequences", "1"]
+    assert quantization.main([*arguments, "--new-tokens", "4", "--repeats", "1"]) == 0
+    lines, result = result_of(capsys)
+    assert len(lines) == 4
+    plain, eight, four = result["results"]
+    assert [entry["quantize"] for entry in (plain, eight, four)] == ["none", "int8", "int4"]
+    assert plain["logit_error"] == 0 < eight["logit_error"] < 0.05 < four["logit_error"] < 0.5
+    assert plain["perplexity"] < four["perplexity"] < 2 * plain["perplexity"]
+    assert eight["perplexity"] == pytest.approx(plain["perplexity"], rel=0.02)
+    assert all(entry["tokens_per_second"]["1"] > 0 for entry in result["results"])
 
 
 def test_load_with_openai_fields_alone(live_base_url: str, capsys: pytest.CaptureFixture[str]) -> None:
