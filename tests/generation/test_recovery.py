@@ -152,6 +152,50 @@ async def test_whatever_it_dies_of_is_a_pause(
         assert engine.num_dropped == 0
 
 
+async def test_a_dead_engine_runs_nothing_and_holds_nothing_and_what_it_counted_stays(
+    directory: Path, tokenizer: Tokenizer
+) -> None:
+    async with started(directory, tokenizer) as engine:
+        answering = asyncio.create_task(answers(engine, requests(tokenizer)))
+        await until(lambda: engine.stats.num_generated_tokens > 40)
+        before = engine.stats
+        assert (before.num_running, before.num_waiting) == (4, 0)
+        assert engine.pid is not None
+        os.kill(engine.pid, signal.SIGKILL)
+        await until(lambda: engine.state is EngineState.RECOVERING)
+        dead = engine.stats
+        assert (dead.num_running, dead.num_kv_tokens_used, dead.num_kv_tokens_cached) == (0, 0, 0)
+        assert dead.num_waiting == 4
+        waiting = engine.submit(requests(tokenizer)[0])
+        assert engine.stats.num_waiting == 5
+        waiting.close()
+        assert engine.stats.num_waiting == 4
+        previous = before
+        while not answering.done():
+            assert engine.stats.num_running + engine.stats.num_waiting >= len(engine._choices)
+            for name in ("num_steps", "num_generated_tokens", "num_prompt_tokens", "step_seconds"):
+                assert getattr(engine.stats, name) >= getattr(previous, name)
+            previous = engine.stats
+            await asyncio.sleep(0.005)
+        await answering
+        assert engine.stats.num_generated_tokens >= 4 * NUM_TOKENS
+        assert engine.stats.num_prompt_tokens > before.num_prompt_tokens
+        assert engine.stats.num_waiting == 0
+
+
+async def test_who_is_held_back_during_a_trial_waits(directory: Path, tokenizer: Tokenizer, poison: int) -> None:
+    slowly = Fault("sleep", seconds=0.5, token_id=poison)
+    async with started(directory, tokenizer, armed(slowly, Fault("abort", token_id=poison))) as engine:
+        bad = engine.submit(poisonous(tokenizer, poison))
+        answering = asyncio.create_task(answers(engine, requests(tokenizer)))
+        await until(lambda: engine._suspects.on_trial and engine.state is EngineState.READY)
+        assert engine.stats.num_waiting == 6 - engine.stats.num_running
+        assert engine.stats.num_waiting >= 4
+        with pytest.raises(GenerationError):
+            await collect(bad)
+        await answering
+
+
 async def test_one_that_shows_no_life_is_killed_and_replaced(
     directory: Path, tokenizer: Tokenizer, counter: str, undisturbed: list[list[tuple[Any, ...]]]
 ) -> None:
@@ -315,6 +359,8 @@ async def test_an_engine_that_is_killed_whenever_it_has_work_is_lost(
             with pytest.raises((UnavailableError, GenerationError), match=r"lost|ended the engine process 4 times"):
                 await collect(stream)
         assert (engine.num_restarts, engine.num_convicted, engine.num_lost) == (7, 2, 4)
+        stats = engine.stats
+        assert (stats.num_running, stats.num_waiting, stats.num_kv_tokens_used) == (0, 0, 0)
         with pytest.raises(UnavailableError):
             engine.submit(requests(tokenizer)[0])
 

@@ -19,6 +19,7 @@ import msgspec
 from reprise.errors import GenerationError, ModelLoadError, UnavailableError
 from reprise.generation.engine_entry import run as run_engine
 from reprise.generation.engine_process import EngineEntry, EngineProcess
+from reprise.generation.engine_stats import after_death, in_all
 from reprise.generation.interface import EngineState
 from reprise.generation.output_processor import OutputProcessor
 from reprise.generation.request_stream import RequestStream
@@ -98,7 +99,7 @@ class AsyncEngine:
         self._loaded: asyncio.Future[None] | None = None
         self.state = EngineState.STOPPED
         self.info: Ready | None = None
-        self.stats = EngineStats()
+        self._past_stats = self._stats = EngineStats()
         self.load_progress: LoadProgress | None = None
         self.last_progress = self.last_heartbeat = time.monotonic()
         self.num_restarts = 0
@@ -131,6 +132,12 @@ class AsyncEngine:
     def pid(self) -> int | None:
         """Of the engine process, for whoever wants to look at it or kill it."""
         return self._process.pid if self._process is not None else None
+
+    @property
+    def stats(self) -> EngineStats:
+        """Of all lives. A choice that does not run waits, for a place, for a trial's end or for an engine."""
+        num_waiting = max(0, len(self._choices) - self._stats.num_running)
+        return msgspec.structs.replace(self._stats, num_waiting=num_waiting)
 
     def submit(self, request: GenerationRequest) -> RequestStream:
         """Enqueue a request at once. Raises UnavailableError where there is no engine to take it."""
@@ -228,6 +235,7 @@ class AsyncEngine:
             logger.error("the channel to the engine broke: %s", error)
         finally:
             self._process = None
+            self._past_stats = self._stats = after_death(self._stats)
             if self.state is EngineState.READY:
                 self.state = EngineState.RECOVERING
             watching.cancel()
@@ -281,7 +289,7 @@ class AsyncEngine:
         match message:
             case StepOutput(outputs, stats):
                 self.last_progress = time.monotonic()
-                self.stats = stats
+                self._stats = in_all(self._past_stats, stats)
                 for output in outputs:
                     self._deliver(output)
             case Heartbeat():

@@ -32,7 +32,8 @@ class Engine(Protocol):
         """What was loaded; None before it is."""
 
     @property
-    def stats(self) -> EngineStats: ...
+    def stats(self) -> EngineStats:
+        """Counters over all lives of the process, gauges of the one that lives; every choice either runs or waits."""
 
     @property
     def load_progress(self) -> LoadProgress | None: ...
