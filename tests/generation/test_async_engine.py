@@ -145,7 +145,7 @@ async def test_a_closed_stream_frees_its_slot_within_a_moment(engine: AsyncEngin
 
 async def test_a_slow_reader_finds_its_deltas_merged(engine: AsyncEngine, tokenizer: Tokenizer) -> None:
     stream = engine.submit(request(tokenizer, end_token_ids=(), max_tokens=50))
-    await idle(engine) if engine.stats.num_running else await asyncio.sleep(0.5)
+    await idle(engine)
     deltas = [delta async for delta in stream]
     assert sum(len(delta.token_ids) for delta in deltas) == 50
     assert len(deltas) < 10
