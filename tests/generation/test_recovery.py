@@ -416,6 +416,7 @@ async def test_a_model_that_stays_away_is_the_end(
         ({}, ""),
         ({"load_seconds": 9.0}, ""),
         ({"weights_fingerprint": "other"}, "weights"),
+        ({"model_config_fingerprint": "other"}, "configuration"),
         ({"deterministic": False}, "deterministic was True and is False"),
         ({"numerics_fingerprint": "other"}, "other bits"),
         ({"deterministic": False, "numerics_fingerprint": "other"}, "deterministic"),

@@ -322,11 +322,13 @@ class AsyncEngine:
             self._loaded.set_result(None)
 
     def _check_same(self, ready: Ready) -> None:
-        """A stream must not go on with other weights, or other bits where they were promised. Raises ModelLoadError."""
+        """A stream must not go on with another model, or other bits where they were promised. Raises ModelLoadError."""
         if self.info is None:
             return
         if self.info.weights_fingerprint != ready.weights_fingerprint:
             raise ModelLoadError("the weights on disk are no longer those that were served")
+        if self.info.model_config_fingerprint != ready.model_config_fingerprint:
+            raise ModelLoadError("the model's configuration on disk is no longer the one that was served")
         if self.info.deterministic != ready.deterministic:
             raise ModelLoadError(f"deterministic was {self.info.deterministic} and is {ready.deterministic} now")
         if ready.deterministic and self.info.numerics_fingerprint != ready.numerics_fingerprint:
