@@ -177,7 +177,7 @@ def test_progress_goes_from_start_to_end(model_directory: ModelDirectory) -> Non
     )
     fractions = [fraction for _, fraction in heard]
     assert fractions == sorted(fractions)
-    assert len([stage for stage, _ in heard if stage == "loading weights"]) > 5
+    assert len([stage for stage, _ in heard if stage == "checking weights"]) > 5
     assert len({stage for stage, _ in heard}) == 5
 
 

@@ -21,6 +21,7 @@ from reprise.engine.load_progress import loading_weights
 from reprise.engine.model_runner import ModelRunner
 from reprise.engine.scheduler import SchedulingLimits
 from reprise.engine.selection import Selection
+from reprise.engine.weights import verify_weights
 from reprise.errors import ModelLoadError
 from reprise.ipc.messages import EngineConfig, Ready
 
@@ -55,10 +56,9 @@ def load(config: EngineConfig, progress: Progress) -> LoadedModel:
     model_config = load_config(config)
     dtype = choose_dtype(config.dtype, model_config, device)
     progress("loading weights", 0.1)
-    with loading_weights(lambda share: progress("loading weights", 0.1 + 0.6 * share)):
+    with loading_weights(lambda share: progress("loading weights", 0.1 + 0.3 * share)):
         model = load_weights(config, dtype, device)
-    progress("checking weights", 0.7)
-    fingerprint = verify_weights(model)
+    fingerprint = verify_weights(model, lambda share: progress("checking weights", 0.4 + 0.4 * share))
     max_model_len = choose_max_model_len(config, model_config)
     freeze_rope(model, max_model_len)
     progress("running the equivalence gate", 0.85)
@@ -172,20 +172,6 @@ def load_weights(config: EngineConfig, dtype: torch.dtype, device: torch.device)
             )
     loaded: PreTrainedModel = model.eval().to(device)
     return loaded
-
-
-def verify_weights(model: nn.Module) -> str:
-    """A fingerprint of all weights. Raises ModelLoadError naming each tensor that holds NaN or infinity."""
-    digest = hashlib.blake2b(digest_size=8)
-    broken = []
-    for name, tensor in sorted(model.state_dict().items()):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            broken.append(name)
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
-    if broken:
-        raise ModelLoadError(f"weights with NaN or infinite values: {', '.join(broken[:8])}")
-    return digest.hexdigest()
 
 
 def fingerprint_of_config(model_config: PreTrainedConfig) -> str:
