@@ -1,12 +1,16 @@
-"""How much memory there is, and how much of it the KV pool may take."""
+"""How much memory there is, how much of it the KV pool may take, and memory that is taken when it is written."""
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import mmap
 import os
+from bisect import bisect_right
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 CPU_KV_SHARE = 0.25
 """Share of the free memory that the KV pool takes on a CPU when it is not told its size."""
@@ -51,3 +55,45 @@ def _inactive_file_pages() -> int:
             if line.startswith("inactive_file "):
                 return int(line.split()[1])
     return 0
+
+
+def zeros(size: int, dtype: torch.dtype) -> Tensor:
+    """Zeros of which a page is taken when it is first written; an allocator may write its zeros at once.
+
+    Raises MemoryError.
+    """
+    try:
+        memory = mmap.mmap(-1, size * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"no memory for {size * dtype.itemsize} bytes") from error
+    return torch.frombuffer(memory, dtype=dtype)
+
+
+class MappedFiles:
+    """The files that are mapped when it is made; on other systems than Linux it knows of none."""
+
+    def __init__(self) -> None:
+        self._spans: list[tuple[int, int]] = []
+        maps = Path("/proc/self/maps")
+        for line in maps.read_text().splitlines() if maps.exists() else ():
+            span, _, _, _, inode, *_ = line.split()
+            if inode != "0":
+                start, end = span.split("-")
+                self._spans.append((int(start, 16), int(end, 16)))
+        self._starts = [start for start, _ in self._spans]
+
+    def has(self, tensor: Tensor) -> bool:
+        """Whether a tensor that was there at that time is part of a file."""
+        start = tensor.data_ptr()
+        index = bisect_right(self._starts, start) - 1
+        return index >= 0 and start + tensor.nbytes <= self._spans[index][1]
+
+    def give_back(self, tensor: Tensor) -> None:
+        """Take no more memory for a tensor that was there at that time: its pages stay in the page cache alone.
+
+        Whatever was written to it is lost. No effect where it is not part of a file.
+        """
+        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+        if first < last and self.has(tensor):
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from reprise.engine.memory import MappedFiles, zeros
 from reprise.engine.native.library import (
     FORMATS,
     Decoder,
@@ -89,7 +90,7 @@ class NativeDecoder:
     ) -> None:
         self._context = context
         self._quantize: Quantization = quantize
-        self._release = release
+        self._files = MappedFiles() if release else None
         self._dtype = model.dtype
         self._element_size = model.dtype.itemsize
         self._kept: list[Tensor] = []
@@ -102,8 +103,12 @@ class NativeDecoder:
         self.max_positions = max_positions
         self.num_slots = num_blocks * BLOCK
         layers = (LayerWeights * len(parts.layers))()
-        for layer, weights, window in zip(parts.layers, layers, windows, strict=True):
-            self._fill(layer, weights, window, num_blocks, config.num_key_value_heads * head_dim)
+        size = self.num_slots * config.num_key_value_heads * head_dim
+        # One memory for all layers, of which a page is taken when its slots are first written.
+        pool = torch.split(zeros(2 * size * len(layers), self._dtype), size)
+        for index, (layer, weights, window) in enumerate(zip(parts.layers, layers, windows, strict=True)):
+            self._fill(layer, weights, window)
+            weights.keys, weights.values = map(self._keep, pool[2 * index : 2 * index + 2])
         tied = head.weight.data_ptr() == parts.embed_tokens.weight.data_ptr()
         finest: Quantization = "none" if quantize == "none" else "int8"
         embedding = self._packed([parts.embed_tokens.weight], finest)
@@ -138,7 +143,7 @@ class NativeDecoder:
             self._context.library.reprise_forward(self._context.handle, decoder, arguments, self._element_size)
         )
 
-    def _fill(self, layer: Any, weights: LayerWeights, window: int | None, num_blocks: int, size_of_token: int) -> None:
+    def _fill(self, layer: Any, weights: LayerWeights, window: int | None) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         quantize = self._quantize
@@ -153,8 +158,6 @@ class NativeDecoder:
         if hasattr(attention, "q_norm"):
             weights.query_norm = self._float32([attention.q_norm.weight])
             weights.key_norm = self._float32([attention.k_norm.weight])
-        weights.keys = self._zeros(num_blocks * BLOCK * size_of_token)
-        weights.values = self._zeros(num_blocks * BLOCK * size_of_token)
         weights.window = window or 0
 
     def _packed(self, weights: Sequence[nn.Parameter], quantize: Quantization, *, interleaved: bool = False) -> Matrix:
@@ -162,8 +165,7 @@ class NativeDecoder:
         library, code = self._context.library, FORMATS[quantize]
         inner = weights[0].shape[1]
         columns = sum(weight.shape[0] for weight in weights)
-        size = library.reprise_packed_bytes(columns, inner, code, self._element_size)
-        data = self._keep(torch.zeros(size, dtype=torch.uint8))
+        data = self._keep(zeros(library.reprise_packed_bytes(columns, inner, code, self._element_size), torch.uint8))
         scales = self._keep(torch.zeros(-(-columns // PANEL) * PANEL)) if quantize == "int8" else None
         first = 0
         for index, weight in enumerate(weights):
@@ -176,12 +178,10 @@ class NativeDecoder:
                 )
             )
             first += rows.shape[0]
-            if self._release:
+            if self._files is not None:
+                self._files.give_back(weight)
                 weight.data = weight.data.new_empty(0)
         return Matrix(data, scales, code)
-
-    def _zeros(self, size: int) -> int:
-        return self._keep(torch.zeros(size, dtype=self._dtype))
 
     def _float32(self, tensors: Iterable[Tensor]) -> int:
         return self._keep(torch.cat([tensor.detach().float() for tensor in tensors]).contiguous())
