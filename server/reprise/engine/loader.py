@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from reprise.engine.execution import NativeMismatchError, checked, choose_execution
 from reprise.engine.load_progress import loading_weights
+from reprise.engine.mapped_model import map_model
 from reprise.engine.model_runner import ModelRunner
 from reprise.engine.scheduler import SchedulingLimits
 from reprise.engine.selection import Selection
@@ -57,7 +58,8 @@ def load(config: EngineConfig, progress: Progress) -> LoadedModel:
     dtype = choose_dtype(config.dtype, model_config, device)
     progress("loading weights", 0.1)
     with loading_weights(lambda share: progress("loading weights", 0.1 + 0.3 * share)):
-        model = load_weights(config, dtype, device)
+        model = load_weights(config, model_config, dtype, device)
+    # Of a model over mapped files, they are read here.
     fingerprint = verify_weights(model, lambda share: progress("checking weights", 0.4 + 0.4 * share))
     max_model_len = choose_max_model_len(config, model_config)
     freeze_rope(model, max_model_len)
@@ -144,8 +146,13 @@ def load_config(config: EngineConfig) -> PreTrainedConfig:
     return loaded
 
 
-def load_weights(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def load_weights(
+    config: EngineConfig, model_config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
     """Safetensors alone, no remote code; missing, unexpected and misshapen tensors are refused by name."""
+    mapped = map_model(config.model, model_config, dtype) if device.type == "cpu" else None
+    if mapped is not None:
+        return mapped
     try:
         result: Any = AutoModelForCausalLM.from_pretrained(
             config.model,
