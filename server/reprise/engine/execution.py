@@ -6,11 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from reprise.engine.alone_runner import AloneRunner
-from reprise.engine.gate import GateResult, NativeGate, alone_gate, native_layers_gate, padding_gate, paged_gate
-from reprise.engine.kv_cache import KVCache
+from reprise.engine.gate import (
+    GateResult,
+    NativeGate,
+    alone_gate,
+    equal_over,
+    native_layers_gate,
+    padding_gate,
+    paged_gate,
+)
+from reprise.engine.kv_cache import KVCache, LayerShape
 from reprise.engine.memory import kv_budget
 from reprise.engine.model_runner import ModelRunner, PagedRunner
 from reprise.engine.native.decoder import BLOCK, NativeDecoder, unsupported
@@ -77,17 +86,21 @@ def choose_execution(
 
     Raises ModelLoadError, and NativeMismatchError where the weights are lost for nothing.
     """
+    refusal = native_refusal(model, config)
+    gate = None if refusal else NativeGate(model, config.quantize)
+    if gate is not None:
+        refusal = gate.mismatch() or native_layers_gate(model, gate.windows)
+        if not refusal:
+            return native_paged(model, config, gate, max_model_len, device)
     tier = choose_tier(model, config)
     if tier.passed:
-        refusal = native_refusal(model, config, tier)
-        if config.kernels == "native" and refusal:
+        if config.kernels == "native":
             raise ModelLoadError(f"--kernels native was asked for, but {refusal}")
-        if config.quantize != "none" and refusal:
+        if config.quantize != "none":
             raise ModelLoadError(
                 f"--quantize {config.quantize} was asked for, which the native decoder does: {refusal}"
             )
-        paged = torch_paged if refusal else native_paged
-        return paged(model, config, tier, max_model_len, device)
+        return torch_paged(model, config, tier, max_model_len, device)
     if config.quantize != "none":
         where = "which the native decoder does, on the paged tier"
         raise ModelLoadError(f"--quantize {config.quantize} was asked for, {where}: {tier.reason}")
@@ -105,25 +118,27 @@ def choose_tier(model: PreTrainedModel, config: EngineConfig) -> GateResult:
     return result
 
 
-def native_refusal(model: PreTrainedModel, config: EngineConfig, tier: GateResult) -> str:
-    """Why the native decoder does not run this model; empty where it does."""
+def native_refusal(model: PreTrainedModel, config: EngineConfig) -> str:
+    """Why the native decoder is not tried with this model; empty where it is."""
+    if config.tier == "padded":
+        return "--tier padded was asked for"
     if config.kernels == "torch":
         return "--kernels torch was asked for"
     if config.kernels == "auto" and config.deterministic is False:
         return "--no-deterministic was asked for, and the native decoder repeats in any case"
-    return unsupported(model, config.quantize) or native_layers_gate(model, _windows(tier))
+    return unsupported(model, config.quantize)
 
 
 def native_paged(
-    model: PreTrainedModel, config: EngineConfig, tier: GateResult, max_model_len: int, device: torch.device
+    model: PreTrainedModel, config: EngineConfig, gate: NativeGate, max_model_len: int, device: torch.device
 ) -> Execution:
+    """Raises NativeMismatchError where the weights are lost for nothing."""
     block_size = -(-config.block_size // BLOCK) * BLOCK
-    pool = size_pool(config, paged_bytes_per_token(tier), max_model_len, device, block_size)
-    gate = NativeGate(model, config.quantize)
+    pool = size_pool(config, paged_bytes_per_token(gate.shapes), max_model_len, device, block_size)
     context = NativeContext(torch.get_num_threads())
     decoder = NativeDecoder(
         model,
-        _windows(tier),
+        gate.windows,
         num_blocks=max(pool.num_tokens // BLOCK, NUM_CHECK_BLOCKS, gate.num_blocks),
         max_positions=max(max_model_len, gate.num_positions),
         context=context,
@@ -136,7 +151,7 @@ def native_paged(
         raise NativeMismatchError(f"in the native decoder {difference}")
     return Execution(
         tier="paged",
-        reason=tier.reason,
+        reason=equal_over(gate.shapes),
         kernels=", ".join(["native", context.variant, *([config.quantize] if config.quantize != "none" else [])]),
         pool=pool,
         limits=paged_limits(config),
@@ -149,7 +164,7 @@ def native_paged(
 def torch_paged(
     model: PreTrainedModel, config: EngineConfig, tier: GateResult, max_model_len: int, device: torch.device
 ) -> Execution:
-    pool = size_pool(config, paged_bytes_per_token(tier), max_model_len, device)
+    pool = size_pool(config, paged_bytes_per_token(tier.shapes), max_model_len, device)
     fixed_order = config.deterministic is not False
     cache = KVCache(pool.num_tokens, device, tier.shapes)
     return Execution(
@@ -261,9 +276,9 @@ def size_pool(
     return Pool(tokens // block_size, block_size, bytes_per_token)
 
 
-def paged_bytes_per_token(tier: GateResult) -> int:
+def paged_bytes_per_token(shapes: dict[nn.Module, LayerShape]) -> int:
     """All layers together."""
-    return sum(shape.bytes_per_token for shape in tier.shapes.values())
+    return sum(shape.bytes_per_token for shape in shapes.values())
 
 
 def padded_bytes_per_token(model: PreTrainedModel) -> int:
@@ -279,7 +294,3 @@ def paged_limits(config: EngineConfig) -> SchedulingLimits:
     return SchedulingLimits(
         config.max_num_seqs, budget, prefix_cache=config.prefix_cache, max_draft_rows=max_draft_rows
     )
-
-
-def _windows(tier: GateResult) -> list[int | None]:
-    return [shape.sliding_window for shape in tier.shapes.values()]

@@ -6,18 +6,24 @@ forward. A model that fails belongs to the padded tier; it is never served with 
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from reprise.engine.alone_runner import AloneRunner
 from reprise.engine.attention import ATTENTION_NAME
 from reprise.engine.experts import EXPERTS_NAME
 from reprise.engine.kv_cache import KVCache, LayerShape
+from reprise.engine.mapped_model import empty_model
 from reprise.engine.memory import free_memory
 from reprise.engine.model_runner import ModelRunner, PagedRunner
 from reprise.engine.native.decoder import BLOCK, NativeDecoder, Quantization
@@ -35,6 +41,8 @@ QUANTIZED_TOLERANCE: dict[Quantization, float] = {"int8": 0.15, "int4": 0.8}
 MAX_GATE_TOKENS = 384
 NUM_GATE_LAYERS = 2
 NUM_GATE_VOCABULARY = 1024
+WIDENED_AT_ONCE = 1 << 22
+"""Elements of a weight that are float32 at a time: they stay in a CPU's cache until they are used."""
 _BLOCK_SIZE = 4
 _DIFFERENCE = "its logits differ from its own forward"
 
@@ -69,9 +77,12 @@ def paged_gate(model: PreTrainedModel, *, fixed_order: bool = True) -> GateResul
         model.set_attn_implementation("eager")
         model.set_experts_implementation(own_experts)
         return GateResult(passed=False, reason=reason, shapes={})
-    return GateResult(
-        passed=True, reason=f"packed logits equal the model's own over {len(shapes)} layers", shapes=shapes
-    )
+    return GateResult(passed=True, reason=equal_over(shapes), shapes=shapes)
+
+
+def equal_over(shapes: dict[nn.Module, LayerShape]) -> str:
+    """What the gate says of a model that passed with these layers."""
+    return f"packed logits equal the model's own over {len(shapes)} layers"
 
 
 def _compare(model: PreTrainedModel, *, fixed_order: bool) -> tuple[dict[nn.Module, LayerShape], str]:
@@ -93,7 +104,8 @@ def _compare(model: PreTrainedModel, *, fixed_order: bool) -> tuple[dict[nn.Modu
         raise
     except Exception as error:  # noqa: BLE001 # whatever a model's code raises: it cannot be run in this way
         return {}, f"its forward pass cannot run packed ({type(error).__name__}: {_first_line(error)})"
-    return cache.shapes, _layer_mismatch(config, cache, runner) or _difference(expected, actual, model.dtype)
+    mismatch = _layer_mismatch(config, list(runner.last_calls.values()), cache.shapes)
+    return cache.shapes, mismatch or _difference(expected, actual, model.dtype)
 
 
 def _float32_copy_fits(model: PreTrainedModel) -> bool:
@@ -152,37 +164,44 @@ def _first_layers(model: PreTrainedModel) -> PreTrainedModel:
     config.pad_token_id = None
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[: config.num_hidden_layers]
-    with torch.device("meta"):
-        small: Any = type(model)(config)
+    small: Any = empty_model(config, torch.float32)
+    weights = model.state_dict()
+    wanted = {name: weights[name][: empty.shape[0]].float() for name, empty in small.state_dict().items()}
+    small.load_state_dict(wanted, assign=True)
     parts: Any = model.model
-    own: Any = small.model
-    rows = slice(config.vocab_size)
-    own.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, device="meta")
-    own.embed_tokens.weight = nn.Parameter(parts.embed_tokens.weight[rows].detach().float(), requires_grad=False)
-    own.layers = nn.ModuleList(deepcopy(layer).float() for layer in parts.layers[: config.num_hidden_layers])
-    own.norm = deepcopy(parts.norm).float()
-    own.rotary_emb = deepcopy(parts.rotary_emb)
-    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
-    small.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device="meta")
-    small.lm_head.weight = nn.Parameter(head.weight[rows].detach().float(), requires_grad=False)
-    for module in small.modules():
-        if hasattr(module, "config"):
-            module.config = config
-    small.set_attn_implementation("eager")
-    result: PreTrainedModel = small.eval()
+    small.model.rotary_emb = deepcopy(parts.rotary_emb)
+    result: PreTrainedModel = small
     return result
 
 
 class NativeGate:
-    """A model's own logits, taken while it has its weights, for what replaces it."""
+    """A model's own logits and attention layers, taken while it has its weights, for what replaces it.
+
+    Its own forward runs in float32: rounding is then what replaces it does alone, and not what both do.
+    """
 
     def __init__(self, model: PreTrainedModel, quantize: Quantization = "none") -> None:
+        self._dtype = model.dtype
         self._tolerance = QUANTIZED_TOLERANCE.get(quantize, tolerance(model.dtype))
+        self._config = model.config
         self._prompts = _prompts(model.config)
+        self._num_calls: dict[nn.Module, int] = {}
+        self.shapes: dict[nn.Module, LayerShape] = {}
         model.set_attn_implementation("eager")
-        self._expected = [_eager_logits(model, prompt) for prompt in self._prompts]
+        with _in_float32(model), self._seeing_attention(model):
+            self._expected = _eager_logits_together(model, self._prompts)
         self.num_positions = max(map(len, self._prompts))
         self.num_blocks = 2 * -(-self.num_positions // BLOCK)
+
+    @property
+    def windows(self) -> list[int | None]:
+        """The sliding window of each layer, as the model's own forward names it."""
+        return [shape.sliding_window for shape in self.shapes.values()]
+
+    def mismatch(self) -> str:
+        """Why the model's attention is not what its configuration tells; empty where it is."""
+        num_calls = list(self._num_calls.values())
+        return _unsupported_layers(self._config) or _layer_mismatch(self._config, num_calls, self.shapes)
 
     def difference(self, runner: NativeRunner) -> str:
         """How the runner's logits, of all layers, differ by more than rounding explains; empty where they do not."""
@@ -190,6 +209,61 @@ class NativeGate:
         errors = torch.cat([_errors(*pair) for pair in zip(self._expected, actual, strict=True)])
         mean = float(errors.nan_to_num(nan=float("inf")).mean())
         return f"{_DIFFERENCE} by {mean:.2g} of their size" if mean > self._tolerance else ""
+
+    @contextmanager
+    def _seeing_attention(self, model: PreTrainedModel) -> Iterator[None]:
+        """While it lasts, note what each layer hands to the eager attention of its model."""
+        module: Any = sys.modules[type(model).__module__]
+        own = module.eager_attention_forward
+
+        def attend(layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, *others: Any, **named: Any) -> Any:
+            window = named.get("sliding_window")
+            self.shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3], self._dtype, window)
+            self._num_calls[layer] = self._num_calls.get(layer, 0) + 1
+            return own(layer, query, key, value, *others, **named)
+
+        module.eager_attention_forward = attend
+        try:
+            yield
+        finally:
+            module.eager_attention_forward = own
+
+
+@contextmanager
+def _in_float32(model: nn.Module) -> Iterator[None]:
+    """While it lasts, products and embeddings are float32, and with them what follows from them.
+
+    Torch's products of a low precision take many times as long on a CPU without instructions for it.
+    """
+    scratch = torch.empty(WIDENED_AT_ONCE)
+    changed = []
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.forward = partial(_float32_linear, module, scratch)  # type: ignore[method-assign]  # while it lasts
+        elif isinstance(module, nn.Embedding):
+            module.forward = partial(_float32_embedding, module)  # type: ignore[method-assign]  # as above
+        else:
+            continue
+        changed.append(module)
+    try:
+        yield
+    finally:
+        for module in changed:
+            del module.forward
+
+
+def _float32_linear(linear: nn.Linear, scratch: Tensor, rows: Tensor) -> Tensor:
+    columns = rows.reshape(-1, rows.shape[-1]).T
+    parts = []
+    for part in torch.split(linear.weight, max(1, scratch.numel() // linear.in_features)):
+        wide = scratch[: part.numel()].view_as(part) if part.numel() <= scratch.numel() else torch.empty(part.shape)
+        parts.append(wide.copy_(part) @ columns)
+    output = torch.cat(parts).T.reshape(*rows.shape[:-1], -1)
+    return output if linear.bias is None else output + linear.bias
+
+
+def _float32_embedding(embedding: nn.Embedding, token_ids: Tensor) -> Tensor:
+    return F.embedding(token_ids, embedding.weight).float()
 
 
 def _unsupported_layers(config: PreTrainedConfig) -> str:
@@ -209,12 +283,12 @@ def _expected_windows(config: PreTrainedConfig) -> list[int | None] | None:
     return [window] * config.num_hidden_layers
 
 
-def _layer_mismatch(config: PreTrainedConfig, cache: KVCache, runner: PagedRunner) -> str:
-    calls = runner.last_calls
-    if len(calls) != config.num_hidden_layers or set(calls.values()) != {1}:
-        return f"its attention came to us {sum(calls.values())} times in a forward of {config.num_hidden_layers} layers"
+def _layer_mismatch(config: PreTrainedConfig, num_calls: list[int], shapes: dict[nn.Module, LayerShape]) -> str:
+    """num_calls: of each layer's attention in one forward."""
+    if len(num_calls) != config.num_hidden_layers or set(num_calls) != {1}:
+        return f"its attention came to us {sum(num_calls)} times in a forward of {config.num_hidden_layers} layers"
     expected = _expected_windows(config)
-    windows = [shape.sliding_window for shape in cache.shapes.values()]
+    windows = [shape.sliding_window for shape in shapes.values()]
     # A window longer than the gate's prompts would not show in the logits.
     if expected is not None and windows != expected:
         return "its sliding windows do not reach the attention function"
@@ -222,9 +296,9 @@ def _layer_mismatch(config: PreTrainedConfig, cache: KVCache, runner: PagedRunne
 
 
 def _prompts(config: PreTrainedConfig) -> list[list[int]]:
-    """Two prompts of fixed arbitrary ids, the first longer than a short sliding window."""
+    """Two prompts of fixed arbitrary ids, the first longer than a short sliding window; a long one would not show."""
     window = getattr(config, "sliding_window", None) or 0
-    length = min(max(21, window + 13), MAX_GATE_TOKENS - 2)
+    length = max(21, window + 13) if window + 15 <= MAX_GATE_TOKENS else 21
     limit = getattr(config, "max_position_embeddings", None) or length
     vocab = config.vocab_size
     generator = torch.Generator().manual_seed(0)
@@ -238,6 +312,16 @@ def _eager_logits(model: PreTrainedModel, prompt: list[int]) -> Tensor:
     ids = torch.tensor([prompt], device=model.device)
     logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
     return logits.float()
+
+
+@torch.inference_mode()
+def _eager_logits_together(model: PreTrainedModel, prompts: list[list[int]]) -> list[Tensor]:
+    """The same of several prompts in one forward: no token sees what fills up the shorter ones behind it."""
+    length = max(map(len, prompts))
+    ids = torch.tensor([prompt + [0] * (length - len(prompt)) for prompt in prompts], device=model.device)
+    mask = torch.tensor([[1] * len(prompt) + [0] * (length - len(prompt)) for prompt in prompts], device=model.device)
+    logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    return [rows[: len(prompt)].float() for rows, prompt in zip(logits, prompts, strict=True)]
 
 
 def _in_steps(

@@ -214,7 +214,7 @@ def test_what_is_no_number_stays_none(dtype: torch.dtype) -> None:
 
 
 def test_prompts_of_the_gate_may_be_longer_than_the_context(tmp_path: Path) -> None:
-    config = transformers.MistralConfig(**SHAPE, sliding_window=400)
+    config = transformers.MistralConfig(**SHAPE, sliding_window=300)
     model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="eager")  # type: ignore[no-untyped-call]  # as above
     model.save_pretrained(tmp_path)
     for max_model_len in (16, 64, 256):
