@@ -16,11 +16,12 @@ COMMON = {"reprise", "types", "errors"}
 ALLOWED = {
     "types": set(),
     "errors": set(),
+    "transformers_imports": set(),
     "ipc": {"types"},
     "protocol": {"types", "errors"},
     "text": {"types", "errors"},
     "generation": {"text", "ipc", "types", "errors"},
-    "engine": {"ipc", "types", "errors"},
+    "engine": {"ipc", "types", "errors", "transformers_imports"},
     "replay": {"generation", "ipc", "types", "errors", "printable", "reprise"},
     "api": {"protocol", "generation", "text", "ipc", "types", "errors", "settings", "config", "replay", "reprise"},
 }
