@@ -111,6 +111,7 @@ def test_the_text_of_a_template_file_reaches_the_server(tmp_path: Path, monkeypa
         return ExitCode.OK
 
     monkeypatch.setattr("reprise.serve.run", run)
+    monkeypatch.setattr("reprise.cli.start_fork_server", lambda: None)
     file = tmp_path / "template.jinja"
     file.write_text("{{ messages }}")
     assert invoke("serve", "--chat-template", str(file)).exit_code == 0
@@ -165,3 +166,19 @@ def test_both_spellings_of_a_switch() -> None:
 
 def test_a_problem_reaches_the_caller_as_config_error() -> None:
     assert isinstance(invoke("serve", "--port", "0").exception, ConfigError)
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_the_fork_server_begins_before_all_else_where_no_hub_has_to_be_asked(
+    local: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    def run(*_: object, **__: object) -> int:
+        order.append("run")
+        return ExitCode.OK
+
+    monkeypatch.setattr("reprise.cli.start_fork_server", lambda: order.append("fork server"))
+    monkeypatch.setattr("reprise.serve.run", run)
+    assert invoke("serve", str(tmp_path) if local else "org/name").exit_code == ExitCode.OK
+    assert order == ["fork server", "run"] if local else ["run"]

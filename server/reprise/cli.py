@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ from reprise import __version__
 from reprise.config import ResolvedSettings, resolve_settings
 from reprise.errors import BundleError, ConfigError
 from reprise.exit_code import ExitCode
+from reprise.generation.fork_server import start_fork_server
 from reprise.ipc.messages import EngineConfig
 from reprise.printable import printable
 from reprise.replay.bundle import Bundle, read_bundle
@@ -123,9 +125,16 @@ def serve_command(config: Path | None, **flags: Any) -> None:
     2 settings unusable; 3 model not loadable.
     """
     resolved = _resolve(config, flags)
-    from reprise.serve import run
+    if Path(resolved.settings.model_path).is_dir():  # else whether the hub can be reached is for it to know
+        start_fork_server()  # it imports for longer than this process does
+    gc.disable()  # until all is there that stays: see `api.server.serve`
+    try:
+        from reprise.serve import run
 
-    sys.exit(run(resolved.settings, chat_template=resolved.chat_template))
+        code = run(resolved.settings, chat_template=resolved.chat_template)
+    finally:
+        gc.enable()
+    sys.exit(code)
 
 
 @cli.command(cls=SettingsCommand, name="config", short_help="Show the settings that `serve` would use.")

@@ -189,5 +189,6 @@ async def serve(
     # What is loaded now stays. Walking all of it in a full collection stops every stream for 150 ms.
     gc.collect()
     gc.freeze()
+    gc.enable()
     with _shutdown_on_signals(server):
         return await server.run(on_started)
