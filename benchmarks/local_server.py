@@ -34,13 +34,17 @@ class LocalServer:
 
     def wait_until_ready(self, timeout: float = READY_TIMEOUT) -> None:
         """Wait for /ready. Raises RuntimeError with the log where the server ends before, or takes longer."""
+        self.wait_for("/ready", timeout)
+
+    def wait_for(self, path: str, timeout: float = READY_TIMEOUT, *, interval: float = 0.05) -> None:
+        """Wait until a path answers 200. Raises RuntimeError as `wait_until_ready`."""
         deadline = time.monotonic() + timeout
-        while not self._answers("/ready"):
+        while not self._answers(path):
             if self.process.poll() is not None:
                 raise RuntimeError(f"the server ended with code {self.process.returncode}:\n{self.log}")
             if time.monotonic() > deadline:
                 raise RuntimeError(f"the server was not ready after {timeout:g} s:\n{self.log}")
-            time.sleep(0.05)
+            time.sleep(interval)
 
     def stop(self, timeout: float = STOP_TIMEOUT) -> int:
         """Ask the process to end, kill it if it does not. Returns its exit code."""

@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks import peer_builds
 from benchmarks.local_server import free_port
+from benchmarks.processes import kilobytes
 
 MAX_NUM_SEQS = 64
 MAX_MODEL_LEN = 1152
@@ -172,8 +173,8 @@ class Running:
         """Look at the processes' memory; between measurements, since the kernel walks their pages."""
         share = 0
         for pid in _tree(self.process.pid):
-            self.peaks[pid] = max(self.peaks.get(pid, 0), _kilobytes(pid, "status", "VmHWM") * 1024)
-            share += _kilobytes(pid, "smaps_rollup", "Pss") * 1024
+            self.peaks[pid] = max(self.peaks.get(pid, 0), kilobytes(pid, "status", "VmHWM") * 1024)
+            share += kilobytes(pid, "smaps_rollup", "Pss") * 1024
         self.largest_share = max(self.largest_share, share)
 
     def log_end(self) -> str:
@@ -253,11 +254,3 @@ def _start_time(pid: int) -> str | None:
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
     except OSError:
         return None
-
-
-def _kilobytes(pid: int, file: str, name: str) -> int:
-    try:
-        lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), 0)

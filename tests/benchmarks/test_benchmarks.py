@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import floors, layers, load, quantization, rows, shapes, steps, use_cache
+from benchmarks import floors, layers, load, quantization, rows, shapes, startup, steps, use_cache
 from benchmarks.load import Load, summarise
 from benchmarks.report import percentile, table
 from benchmarks.streaming import StreamTimes, stream_completion
@@ -31,7 +31,10 @@ def result_of(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], dict[str, 
 
 @pytest.mark.parametrize(
     "name",
-    ["load", "use_cache", "floors", "shapes", "rows", "steps", "peers", "convert_gguf", "layers", "quantization"],
+    [
+        *("load", "use_cache", "floors", "shapes", "rows", "steps", "peers", "convert_gguf", "layers", "quantization"),
+        "startup",
+    ],
 )
 def test_help(name: str) -> None:
     finished = subprocess.run(
@@ -231,6 +234,40 @@ def test_steps_times_both_modes_of_both_tiers(capsys: pytest.CaptureFixture[str]
         assert measured["on_tokens_per_second"] == pytest.approx(2000 / measured["on_ms"])
         assert measured["off_tokens_per_second"] == pytest.approx(2000 / measured["off_ms"])
     assert len(lines) == 4
+
+
+def test_startup_measures_times_and_memory_of_both_processes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", "tiny", "--starts", "1", "--kv-cache-memory", str(1 << 20), "--peers", str(tmp_path)]
+    assert startup.main(arguments) == 0
+    (head, line), result = result_of(capsys)
+    (measured,) = result["results"]
+    assert len(measured["starts"]) == 1
+    assert 0 < measured["listening_seconds"] <= measured["ready_seconds"] < measured["first_token_seconds"] < 120
+    assert measured["limit_bytes"] == int(1.25 * (measured["weights_bytes"] + (1 << 20)) + 7e8)
+    assert head.split()[:4] == ["shape", "starts", "listening", "ready"]
+    assert line.startswith("tiny")
+    if sys.platform == "linux":
+        assert measured["busy_cores"] > 0
+        assert measured["api_bytes"] + measured["engine_bytes"] == measured["both_bytes"]
+        assert min(measured["api_bytes"], measured["engine_bytes"]) > 50e6
+        assert measured["share_bytes"] > 100e6
+
+
+def test_startup_takes_the_median_of_times_and_the_maximum_of_memory(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
+    names = ("listening_seconds", "ready_seconds", "first_token_seconds", "busy_cores")
+    sizes = ("api_bytes", "engine_bytes", "share_bytes")
+    starts = [
+        {**dict.fromkeys(names, float(time)), **dict.fromkeys(sizes, size)}
+        for time, size in ((3, 10), (1, 700_000_000), (2, 30))
+    ]
+    measured = startup.summarise("tiny", tmp_path, 3000, starts)
+    assert [measured[name] for name in names] == [2.0] * 4
+    assert [measured[name] for name in sizes] == [700_000_000] * 3
+    assert (measured["both_bytes"], measured["limit_bytes"]) == (1_400_000_000, 700_005_000)
+    assert measured["within_limit"] is False
 
 
 def layers_of(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> tuple[int, list[dict[str, Any]]]:
