@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -206,6 +212,76 @@ def test_an_abort_ends_waiting_running_and_preempted_sequences_alike() -> None:
         scheduler.check()
     assert not scheduler.has_work
     assert scheduler.pool.num_free == 4
+
+
+class Work:
+    """Counts what a scheduler does: calls of functions and methods, C's as well, and looks at those that wait."""
+
+    def __init__(self) -> None:
+        self.amount = 0
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        profiler = sys.getprofile()
+        gc.disable()  # what is called when it has collected is nobody's work
+        sys.setprofile(self._note)
+        try:
+            yield
+        finally:
+            sys.setprofile(profiler)
+            gc.enable()
+
+    def _note(self, _frame: Any, event: str, _argument: Any) -> None:
+        self.amount += event in {"call", "c_call"}
+
+
+class Waiting(OrderedDict[int, Sequence]):
+    """A scheduler's queue in which each sequence that is looked at in passing is work."""
+
+    def __init__(self, work: Work) -> None:
+        super().__init__()
+        self._work = work
+
+    def __iter__(self) -> Iterator[int]:
+        for key in super().__iter__():
+            self._work.amount += 1
+            yield key
+
+    def values(self) -> Any:
+        for value in super().values():
+            self._work.amount += 1
+            yield value
+
+
+def work_of_steps(num_waiting: int, *, num_blocks: int) -> list[int]:
+    """Of each step, while up to four run, one of them ends now and then, and so many more wait."""
+    scheduler, work = make_scheduler(num_blocks=num_blocks, max_num_batched_tokens=32), Work()
+    scheduler._waiting = Waiting(work)
+    for sequence_id in range(4 + num_waiting):
+        scheduler.add(make_sequence(sequence_id, 7, max_tokens=3 + sequence_id % 4))
+    amounts = []
+    for _ in range(12):
+        before = work.amount
+        with work.counted():
+            batch = scheduler.schedule()
+        for scheduled in batch:
+            with work.counted():
+                scheduler.advance(scheduled)
+            sequence = scheduled.sequence
+            sequence.token_ids.append(5)
+            if sequence.num_output_tokens >= sequence.sampling.max_tokens:
+                with work.counted():
+                    scheduler.finish(sequence)
+        amounts.append(work.amount - before)
+    assert scheduler.num_waiting > num_waiting // 2
+    return amounts
+
+
+@pytest.mark.parametrize("num_blocks", [64, 6])
+def test_scheduling_does_not_take_more_work_where_more_wait(num_blocks: int) -> None:
+    """Where places are full, and where blocks are: the next one is let in when one has ended."""
+    few, many = work_of_steps(30, num_blocks=num_blocks), work_of_steps(3000, num_blocks=num_blocks)
+    assert few == many
 
 
 def test_a_budget_that_would_starve_decoding_is_refused() -> None:

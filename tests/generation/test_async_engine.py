@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from reprise.errors import GenerationError, ModelLoadError, UnavailableError
-from reprise.generation.async_engine import AsyncEngine
+from reprise.generation.async_engine import DELIVERED_AT_ONCE, AsyncEngine
 from reprise.generation.interface import EngineState
 from reprise.generation.request_stream import RequestStream, merge
-from reprise.ipc.messages import EngineConfig, LoadProgress
+from reprise.ipc.messages import EngineConfig, LoadProgress, SequenceOutput, StepOutput
 from reprise.text.tokenizer import Tokenizer
 from reprise.types import ChoiceDelta, FinishReason, GenerationRequest, SamplingParams, StopStrings
 from support.servable import save_servable
@@ -149,6 +149,31 @@ async def test_a_slow_reader_finds_its_deltas_merged(engine: AsyncEngine, tokeni
     deltas = [delta async for delta in stream]
     assert sum(len(delta.token_ids) for delta in deltas) == 50
     assert len(deltas) < 10
+
+
+async def test_others_run_between_the_outputs_of_a_large_step(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delivered: list[SequenceOutput] = []
+    monkeypatch.setattr(engine, "_deliver", delivered.append)
+    steps = [
+        StepOutput([SequenceOutput(sequence_id=-n, position=p) for n in range(1, 4 * DELIVERED_AT_ONCE)], engine.stats)
+        for p in (0, 1)
+    ]
+    seen = []
+
+    async def look() -> None:
+        while True:
+            seen.append(len(delivered))
+            await asyncio.sleep(0)
+
+    looking = asyncio.create_task(look())
+    await engine._take_in(steps)
+    looking.cancel()
+    assert [(output.sequence_id, output.position) for output in delivered] == [
+        (-n, p) for n in range(1, 4 * DELIVERED_AT_ONCE) for p in (0, 1)
+    ]
+    assert seen == [2 * DELIVERED_AT_ONCE, 4 * DELIVERED_AT_ONCE, 6 * DELIVERED_AT_ONCE]
 
 
 async def test_a_choice_that_cannot_go_on_fails_its_request_alone(engine: AsyncEngine, tokenizer: Tokenizer) -> None:

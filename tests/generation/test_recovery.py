@@ -481,7 +481,7 @@ async def test_an_output_that_comes_twice_is_dropped_and_counted(directory: Path
         (choice,) = engine._choices.values()
         assert choice.sequence_id is not None
         again = SequenceOutput(sequence_id=choice.sequence_id, position=0, token_ids=first.token_ids[:1])
-        engine._receive(StepOutput([again], engine.stats))
+        await engine._take_in([StepOutput([again], engine.stats)])
         rest = (await collect(stream))[0]
         assert len(first.token_ids) + len(rest.token_ids) == NUM_TOKENS
         assert engine.num_dropped == 1
@@ -494,7 +494,7 @@ async def test_missing_tokens_fail_their_request_alone(directory: Path, tokenize
         choice = next(iter(engine._choices.values()))
         assert choice.sequence_id is not None
         later = SequenceOutput(sequence_id=choice.sequence_id, position=1000, token_ids=[5])
-        engine._receive(StepOutput([later], engine.stats))
+        await engine._take_in([StepOutput([later], engine.stats)])
         with pytest.raises(GenerationError, match="position 1000"):
             await collect(bad)
         assert len((await collect(good))[0].token_ids) == NUM_TOKENS

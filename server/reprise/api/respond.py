@@ -125,7 +125,6 @@ async def respond(request: Request, endpoint: Endpoint[Parameters, Chunk]) -> Re
             ),
             headers=headers,
             keep_alive_interval=service.settings.keep_alive_interval,
-            send_timeout=service.settings.send_timeout,
         )
     try:
         full = await unless_client_leaves(request, _fold(obtained.reader, chunks, endpoint.fold(), times))

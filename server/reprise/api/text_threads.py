@@ -9,10 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
+from reprise.api.turns import Turns
 from reprise.errors import OverloadedError
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
+GOING_ON_AT_ONCE = 2
+"""Requests that go on in one turn of the event loop, of those whose work is done: each may take a millisecond."""
 
 
 class TextThreads:
@@ -21,6 +24,7 @@ class TextThreads:
     def __init__(self, num_threads: int, *, limit: int | None = None) -> None:
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="reprise-text")
         self._limit = limit
+        self._turns = Turns(GOING_ON_AT_ONCE)
         self.num_admitted = 0
 
     @contextmanager
@@ -41,7 +45,9 @@ class TextThreads:
     ) -> Result:
         """Call in a thread."""
         call = functools.partial(function, *args, **kwargs)
-        return await asyncio.get_running_loop().run_in_executor(self._pool, call)
+        result = await asyncio.get_running_loop().run_in_executor(self._pool, call)
+        await self._turns.take()
+        return result
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

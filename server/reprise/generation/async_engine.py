@@ -42,6 +42,9 @@ from reprise.ipc.transport import ProtocolError
 from reprise.text.tokenizer import Tokenizer
 from reprise.types import FinishReason, GenerationRequest
 
+DELIVERED_AT_ONCE = 16
+"""Choices whose readers are woken in one turn of the event loop: they take a few milliseconds."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -223,11 +226,12 @@ class AsyncEngine:
                 self.last_heartbeat = time.monotonic()
                 watchdog.heard()
                 for message in messages:
-                    if isinstance(message, StepOutput):
-                        watchdog.progressed()
-                    if not self._receive(message):
+                    if not isinstance(message, StepOutput) and not self._receive(message):
                         said_why = True
                         return False
+                if steps := [message for message in messages if isinstance(message, StepOutput)]:
+                    watchdog.progressed()
+                    await self._take_in(steps)
         except ModelLoadError:
             said_why = True
             raise
@@ -284,14 +288,26 @@ class AsyncEngine:
         message = f"this request ended the engine process {num_deaths} times and was given up"
         self._end(choices[0], GenerationError(message, code="internal_error"))
 
+    async def _take_in(self, steps: list[StepOutput]) -> None:
+        """Deliver, and let readers write in between: together, those of a large step would stop the loop for long.
+
+        What several steps gave for one choice is delivered at once, so that a reader that is late gets it as one.
+        """
+        self.last_progress = time.monotonic()
+        self._stats = in_all(self._past_stats, steps[-1].stats)
+        outputs: dict[int, list[SequenceOutput]] = {}
+        for step in steps:
+            for output in step.outputs:
+                outputs.setdefault(output.sequence_id, []).append(output)
+        for number, of_one in enumerate(outputs.values(), start=1):
+            for output in of_one:
+                self._deliver(output)
+            if number % DELIVERED_AT_ONCE == 0:
+                await asyncio.sleep(0)
+
     def _receive(self, message: FromEngine) -> bool:
         """Whether to go on listening. Raises ModelLoadError."""
         match message:
-            case StepOutput(outputs, stats):
-                self.last_progress = time.monotonic()
-                self._stats = in_all(self._past_stats, stats)
-                for output in outputs:
-                    self._deliver(output)
             case Heartbeat():
                 pass
             case LoadProgress():

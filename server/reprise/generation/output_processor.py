@@ -72,7 +72,7 @@ class OutputProcessor:
         self._check_position(output)
         if self._num_cached_tokens is None:
             self._num_cached_tokens = output.num_cached_tokens
-        delta = ChoiceDelta(index=self._index, num_cached_tokens=self._num_cached_tokens)
+        delta = ChoiceDelta(index=self._index, token_ids=[], num_cached_tokens=self._num_cached_tokens)
         if output.prompt_logprobs is not None and not self._prompt_told:
             delta.prompt_logprobs = [None if entry is None else self._entry(entry) for entry in output.prompt_logprobs]
             self._prompt_told = True
@@ -81,7 +81,8 @@ class OutputProcessor:
             pieces.append(self._decoded(self._detokenizer.flush()))
             pieces.append(self._matcher.flush())
         delta.text = "".join(pieces)
-        self._finish(output, delta)
+        if output.finish_reason is not None or self._matcher.matched is not None:
+            self._finish(output, delta)
         if self._wants_logprobs:
             delta.logprobs = self._released_entries()
         return delta if _tells_something(delta) else None
@@ -100,7 +101,6 @@ class OutputProcessor:
         pieces: list[str] = []
         ended = output.finish_reason is FinishReason.STOP
         silent_end = ended and not (self._includes_stop and output.stop_token_id is not None)
-        delta.token_ids = []
         for n, token_id in enumerate(output.token_ids):
             self.output_token_ids.append(token_id)
             delta.token_ids.append(token_id)

@@ -131,7 +131,8 @@ class Reader:
         self._behind = False
         """Whether the last look at the logs left a part of them, so that others are let run before the next."""
         self._pending: deque[ChoiceDelta] = deque()
-        self._changed = asyncio.Event()
+        self._waiting: asyncio.Future[None] | None = None
+        """Of the one that waits for a change; it is cheaper than an event."""
         self._failure: Exception | None = None
         self._cut_off = False
         self._error: Exception | None = None
@@ -160,23 +161,27 @@ class Reader:
                 # Never pass off a part as the whole.
                 raise GenerationError("the generation ended early", code="incomplete")
             else:
-                self._changed.clear()
-                await self._changed.wait()
+                self._waiting = asyncio.get_running_loop().create_future()
+                await self._waiting
 
     def notice(self, number: int) -> None:
         """Something changed in that stream."""
         self._fresh[number] = None
-        self._changed.set()
+        self._wake()
 
     def fail(self, error: Exception) -> None:
         """Raise this, now if somebody waits, and before anything that is still to be read."""
         self._error = self._error or error
-        self._changed.set()
+        self._wake()
 
     def close(self) -> None:
         """Leave the logs. Idempotent."""
         for stream in self._streams:
             stream.remove_reader(self)
+
+    def _wake(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
 
     def _collect(self) -> None:
         """Take what the logs have, a delta a choice, or of long ones the next part."""

@@ -21,8 +21,7 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
-        self._vocabulary = tokenizer.vocabulary
-        self._skip_special_tokens = skip_special_tokens
+        self._silent_token_ids = tokenizer.vocabulary.special_token_ids if skip_special_tokens else frozenset()
         self._decoder: _ByteDecoder | _WindowDecoder = (
             _ByteDecoder(tokenizer) if tokenizer.vocabulary.exact else _WindowDecoder(tokenizer)
         )
@@ -33,11 +32,11 @@ class Detokenizer:
         return self._decoder.has_pending
 
     def spells_nothing(self, token_id: int) -> bool:
-        return self._skip_special_tokens and token_id in self._vocabulary.special_token_ids
+        return token_id in self._silent_token_ids
 
     def feed(self, token_id: int) -> str:
         """The characters that this id completes, perhaps none."""
-        return "" if self.spells_nothing(token_id) else self._decoder.feed(token_id)
+        return "" if token_id in self._silent_token_ids else self._decoder.feed(token_id)
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD for an unfinished character."""
@@ -46,17 +45,19 @@ class Detokenizer:
 
 class _ByteDecoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._data = tokenizer.vocabulary.data
+        self._vocabulary = tokenizer.vocabulary
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    @property
-    def has_pending(self) -> bool:
-        return self._utf8.getstate()[0] != b""
+        self.has_pending = False
 
     def feed(self, token_id: int) -> str:
-        return self._utf8.decode(self._data(token_id))
+        if not self.has_pending and (text := self._vocabulary.text(token_id)) is not None:
+            return text
+        text = self._utf8.decode(self._vocabulary.data(token_id))
+        self.has_pending = self._utf8.getstate()[0] != b""
+        return text
 
     def flush(self) -> str:
+        self.has_pending = False
         return self._utf8.decode(b"", final=True)
 
 

@@ -31,6 +31,7 @@ class Vocabulary:
 
     def __init__(self, data: Sequence[bytes], special_token_ids: Collection[int], *, exact: bool) -> None:
         self._data = list(data)
+        self._texts: dict[int, str | None] = {}
         self.special_token_ids = frozenset(special_token_ids)
         self.exact = exact
 
@@ -42,6 +43,15 @@ class Vocabulary:
     def data(self, token_id: int) -> bytes:
         """The raw bytes of an id, perhaps part of a character; a special token's are those of its literal text."""
         return self._data[token_id] if 0 <= token_id < len(self._data) else b""
+
+    def text(self, token_id: int) -> str | None:
+        """What an id spells, where that is whole characters by itself; else None."""
+        try:
+            return self._texts[token_id]
+        except KeyError:
+            data = self.data(token_id)
+            self._texts[token_id] = text = data.decode() if _is_text(data) else None
+            return text
 
     def token_bytes(self) -> list[bytes] | None:
         """What each id adds to the text: special tokens nothing. None where that is not known exactly."""
