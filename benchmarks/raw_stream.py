@@ -27,6 +27,8 @@ class Answer:
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     error: str | None = None
+    num_events: int = 0
+    """Events with data, [DONE] left out."""
 
 
 class _Exchange(asyncio.Protocol):
@@ -87,10 +89,12 @@ def read_answer(start: float, arrivals: list[tuple[float, bytes]]) -> Answer:
     if b" 200 " not in head[:13]:
         return Answer(start, None, end, error=(head[:80] + b" " + rest[-400:]).decode(errors="replace"))
     first: float | None = None
+    num_events = 0
     usage: Mapping[str, Any] = {}
     for when, line in _lines(arrivals):
         if not line.startswith(b"data:") or line.endswith(b"[DONE]"):
             continue
+        num_events += 1
         if b'"error"' in line:
             return Answer(start, first, end, error=line[:400].decode(errors="replace"))
         # Most events are neither the first with text nor carry counts: they are not parsed.
@@ -100,7 +104,8 @@ def read_answer(start: float, arrivals: list[tuple[float, bytes]]) -> Answer:
             if first is None and any(choice.get("text") or choice.get("token_ids") for choice in event["choices"]):
                 first = when
     missing = None if "completion_tokens" in usage else "the stream ended without the counts of its tokens"
-    return Answer(start, first, end, usage.get("prompt_tokens"), usage.get("completion_tokens"), missing)
+    prompt_tokens, completion_tokens = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    return Answer(start, first, end, prompt_tokens, completion_tokens, missing, num_events)
 
 
 def _lines(arrivals: list[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import floors, layers, load, quantization, rows, shapes, startup, steps, use_cache
+from benchmarks import floors, layers, load, overhead, quantization, rows, scaling, shapes, startup, steps, use_cache
 from benchmarks.load import Load, summarise
+from benchmarks.paced_server import TICK
+from benchmarks.raw_stream import Answer
 from benchmarks.report import percentile, table
 from benchmarks.streaming import StreamTimes, stream_completion
 from reprise.engine import attention
@@ -33,7 +35,7 @@ def result_of(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], dict[str, 
     "name",
     [
         *("load", "use_cache", "floors", "shapes", "rows", "steps", "peers", "convert_gguf", "layers", "quantization"),
-        "startup",
+        *("startup", "overhead", "scaling"),
     ],
 )
 def test_help(name: str) -> None:
@@ -309,3 +311,53 @@ def test_layers_compares_the_padded_tier_as_well(capsys: pytest.CaptureFixture[s
     assert [result["way"] for result in found] == ["decode", "padded"]
     assert found[0]["first_difference"].startswith("transformer.h.0.")
     assert found[0]["differences"].keys() == found[1]["differences"].keys()
+
+
+def test_overhead_counts_tokens_and_cpu_time_and_watches_the_loop(capsys: pytest.CaptureFixture[str]) -> None:
+    assert overhead.main(["--streams", "3", "--pace", "100", "0", "--tokens", "45"]) == 0
+    lines, result = result_of(capsys)
+    assert len(lines) == 3
+    paced, free = result["results"]
+    assert [(measured["pace"], measured["num_errors"]) for measured in (paced, free)] == [(100, 0), (None, 0)]
+    assert paced["at_once"] == 3
+    assert 0 < paced["tokens_per_second"] < 110
+    for measured in (paced, free):
+        assert measured["tokens_per_stream"] == 15
+        assert measured["api_cpu_seconds"] > 0
+        assert measured["tokens_per_cpu_second"] > 0
+        # The last event of a stream has the usage and no token.
+        assert 0 < measured["tokens_per_event"] < 15
+        assert 0 <= measured["loop_late_cpu_ms"]["p99"] <= measured["loop_late_ms"]["p100"]
+
+
+def test_overhead_counts_streams_that_fail_or_are_short() -> None:
+    answers = [
+        Answer(0.0, 1.0, 3.0, 8, 5, num_events=6),
+        Answer(0.0, 2.0, 4.0, 8, 4, num_events=5),
+        Answer(0.0, 3.5, 4.0, 8, 5, num_events=6),
+        Answer(0.0, None, 1.0, error="refused"),
+    ]
+    measured = overhead.summarise(overhead.Cell(4, 5, 0.0), answers, [], seconds=2.0, cpu=0.5)
+    assert (measured["num_errors"], measured["first_error"], measured["at_once"]) == (2, "4 tokens came", 2)
+    assert (measured["tokens_per_second"], measured["tokens_per_cpu_second"]) == (7.0, 28.0)
+
+
+def test_a_stall_of_the_loop_counts_for_all_that_would_have_come_in_it() -> None:
+    measured = overhead.lateness([3.5 * TICK, 0.0])
+    assert measured["p100"] == pytest.approx(3.5 * TICK * 1e3)
+    assert measured["p50"] == pytest.approx(1.5 * TICK * 1e3)
+
+
+def test_scaling_has_a_row_for_each_size(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--batch", "1", "3", "--context", "20", "40", "--waiting", "4", "30", "--steps", "4"]
+    assert scaling.main(arguments) == 0
+    lines, result = result_of(capsys)
+    assert len(lines) == 1 + 2 + 2 + 6
+    grown = [measured["of"] for measured in result["results"]]
+    assert grown[::2] == ["batch", "context", "waiting for places", "waiting for blocks", "waiting for turn"]
+    assert [measured["running"] for measured in result["results"]][:2] == [1, 3]
+    for measured in result["results"]:
+        assert 0 < measured["scheduling_us"] < measured["step_ms"] * 1e3
+    for few, many in zip(result["results"][4::2], result["results"][5::2], strict=True):
+        assert many["waiting"] - few["waiting"] == 26
+        assert many["running"] == few["running"]
