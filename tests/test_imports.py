@@ -16,12 +16,11 @@ COMMON = {"reprise", "types", "errors"}
 ALLOWED = {
     "types": set(),
     "errors": set(),
-    "transformers_imports": set(),
     "ipc": {"types"},
     "protocol": {"types", "errors"},
     "text": {"types", "errors"},
     "generation": {"text", "ipc", "types", "errors"},
-    "engine": {"ipc", "types", "errors", "transformers_imports"},
+    "engine": {"ipc", "types", "errors"},
     "replay": {"generation", "ipc", "types", "errors", "printable", "reprise"},
     "api": {"protocol", "generation", "text", "ipc", "types", "errors", "settings", "config", "replay", "reprise"},
 }

@@ -27,7 +27,6 @@ from reprise.settings import Settings, in_container, startup_notices
 from reprise.startup import LoadingDisplay, announce
 from reprise.text.tokenizer import Tokenizer
 from reprise.text.torch_free import keep_torch_out
-from reprise.transformers_imports import import_models_package
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +62,7 @@ def run(settings: Settings, *, chat_template: str | None = None, engine_entry: E
 
 
 def load_tokenizer(model: str, revision: str | None, chat_template: str | None) -> Tokenizer:
-    """The tokenizer of a directory or hub id; the fork server begins beside it, or has. Raises ModelLoadError."""
+    """The tokenizer of a directory or hub id; beside it the fork server begins. Raises ModelLoadError."""
     from_hub = comes_from_hub(model)
     unreachable = None
     if from_hub:
@@ -72,7 +71,6 @@ def load_tokenizer(model: str, revision: str | None, chat_template: str | None) 
     start_fork_server()  # its imports take as long as ours, beside them
     keep_torch_out()
     take_over("huggingface_hub", "transformers")
-    import_models_package()
     if from_hub:
         find_on_hub(model, revision, unreachable=unreachable)
     return Tokenizer.load(model, revision=revision, chat_template=chat_template)
