@@ -37,7 +37,7 @@ def test_an_answer_is_read_from_the_pieces_in_which_it_came() -> None:
     whole = HEAD + event() + event("a") + event("b", usage=USAGE) + b"0\r\n\r\n"
     cut = whole.index(b'"a"')
     arrivals = [(1.0, whole[: len(HEAD) + 3]), (2.0, whole[len(HEAD) + 3 : cut]), (3.0, whole[cut:])]
-    assert read_answer(0.5, arrivals) == Answer(0.5, 3.0, 3.0, prompt_tokens=5, completion_tokens=2)
+    assert read_answer(0.5, arrivals) == Answer(0.5, 3.0, 3.0, prompt_tokens=5, completion_tokens=2, num_events=3)
 
 
 def test_an_answer_that_is_only_ids_has_a_first_time() -> None:
