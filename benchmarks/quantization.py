@@ -69,7 +69,9 @@ def perplexity(loaded: LoadedModel, texts: Sequence[tuple[list[int], list[float]
     """E to the mean loss of the tokens that count in full, as an answer's do."""
     losses = []
     for ids, weights in texts:
-        of_next = torch.nn.functional.cross_entropy(logits(loaded, ids)[:-1], torch.tensor(ids[1:]), reduction="none")
+        of_next = torch.nn.functional.cross_entropy(
+            logits(loaded, ids)[:-1], torch.tensor(ids[1:], dtype=torch.int64), reduction="none"
+        )
         losses.append(of_next[torch.tensor(weights[1:]) == 1])
     return math.exp(float(torch.cat(losses).mean()))
 
