@@ -7,6 +7,7 @@ import gc
 import mmap
 import os
 from bisect import bisect_right
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -60,13 +61,41 @@ def _inactive_file_pages() -> int:
 def zeros(size: int, dtype: torch.dtype) -> Tensor:
     """Zeros of which a page is taken when it is first written; an allocator may write its zeros at once.
 
+    The pages are large where the system has such: what reads gigabytes for each token waits for addresses otherwise.
     Raises MemoryError.
     """
     try:
         memory = mmap.mmap(-1, size * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"no memory for {size * dtype.itemsize} bytes") from error
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel that was built without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype)
+
+
+class Arena:
+    """Memory for tensors that are read one after the other, in one piece. `num_bytes`: of them all, each rounded up.
+
+    Raises MemoryError.
+    """
+
+    ALIGNMENT = 64
+
+    def __init__(self, num_bytes: int) -> None:
+        self._memory = zeros(num_bytes, torch.uint8)
+        self._used = 0
+
+    @classmethod
+    def rounded(cls, num_bytes: int) -> int:
+        """What so many bytes take."""
+        return -(-num_bytes // cls.ALIGNMENT) * cls.ALIGNMENT
+
+    def take(self, num_bytes: int) -> Tensor:
+        """[num_bytes] uint8."""
+        start, self._used = self._used, self._used + self.rounded(num_bytes)
+        assert self._used <= self._memory.shape[0]
+        return self._memory[start : start + num_bytes]
 
 
 class MappedFiles:

@@ -223,6 +223,10 @@ template <class T> struct Runner {
     }
   }
 
+  // Blocks that are read one after the other are fetched so many before their turn, by tiles so small that they wait for them.
+  static constexpr int AHEAD = 4;
+  static constexpr int FEW_ROWS = 4;
+
   // acc[rows][GROUPS groups from `first` on] += weights[rows][num_tokens] times values, over whole blocks.
   template <int GROUPS, int MOST>
   static inline void weigh(const operand* weights, const element* const* blocks, long num_blocks, long dim, long first,
@@ -232,9 +236,13 @@ template <class T> struct Runner {
       floats sums[ROWS][GROUPS];
       float* a = acc + r * dim + first;
       for (int i = 0; i < ROWS; i++) for (int g = 0; g < GROUPS; g++) sums[i][g] = load<floats>(a + i * dim + g * LANES);
-      for (long block = 0; block < num_blocks; block++)
+      for (long block = 0; block < num_blocks; block++) {
+        if (ROWS <= FEW_ROWS)
+          for (long i = 0; i < BLOCK / T::PAIR; i++)
+            for (int g = 0; g < GROUPS; g++) __builtin_prefetch(blocks[block + AHEAD] + (i * dim + first + g * LANES) * T::PAIR);
         add_columns<T, ROWS, GROUPS>(weights + r * CHUNK + block * BLOCK, CHUNK, blocks[block] + first * T::PAIR, dim * T::PAIR,
                                      LANES * T::PAIR, BLOCK / T::PAIR, sums);
+      }
       for (int i = 0; i < ROWS; i++) for (int g = 0; g < GROUPS; g++) store(a + i * dim + g * LANES, sums[i][g]);
     });
   }
@@ -250,79 +258,114 @@ template <class T> struct Runner {
     long last[QUERY_ROWS];
   };
 
-  // Queries first .. first + count of a span, for one key-value head and its group of query heads.
-  void attend(const LayerWeights& layer, const Span& span, long kv_head, long first, long count, const operand* queries,
-              operand* out, Scratch& w) const {
+  // Queries first .. first + count of a span, for key-value heads first_head .. last_head and their groups of query heads.
+  void attend(const LayerWeights& layer, const Span& span, long first_head, long last_head, long first, long count,
+              const operand* queries, operand* out, Scratch& w) const {
     long dim = d.head_dim, group = d.num_heads / d.num_kv_heads, rows = count * group;
     long start = span.num_tokens - span.num_queries + first, end = start + count;
-    for (long q = 0; q < count; q++)
-      for (long g = 0; g < group; g++) {
-        long r = q * group + g;
-        memcpy(w.query + r * dim, queries + ((span.query_start + first + q) * d.num_heads + kv_head * group + g) * dim,
-               dim * sizeof(operand));
-        w.highest[r] = -__builtin_inff();
-        w.totals[r] = floats{};
-        w.last[r] = start + q;
-      }
-    memset(w.acc, 0, rows * dim * sizeof(float));
     long begin = layer.window && start - layer.window + 1 > 0 ? (start - layer.window + 1) / CHUNK * CHUNK : 0;
-    const element *keys[CHUNK / BLOCK], *values[CHUNK / BLOCK];
-    const ints lanes = lane_numbers();
-    for (long chunk = begin; chunk < end; chunk += CHUNK) {
-      long num_blocks = divide_up((end < chunk + CHUNK ? end : chunk + CHUNK) - chunk, BLOCK);
-      for (long b = 0; b < num_blocks; b++) {
-        long at = ((long)span.blocks[chunk / BLOCK + b] * d.num_kv_heads + kv_head) * BLOCK * dim;
-        keys[b] = (const element*)layer.keys + at;
-        values[b] = (const element*)layer.values + at;
-      }
-      for (long b = 0; b < num_blocks; b++) {
-        in_tiles<TILE>(rows, [&](auto count, long r) {
-          constexpr int ROWS = count();
-          floats sums[ROWS][1] = {};
-          add_columns<T, ROWS, 1>(w.query + r * dim, dim, keys[b], BLOCK * T::PAIR, 0, dim / T::PAIR, sums);
-          for (int i = 0; i < ROWS; i++) store(w.scores + (r + i) * CHUNK + b * BLOCK, sums[i][0]);
-        });
-      }
-      for (long r = 0; r < rows; r++) {
-        floats peak = splat(w.highest[r]);
-        ints broken{};
-        for (long b = 0; b < num_blocks; b++) {
-          ints key = lanes + (int32_t)(chunk + b * BLOCK);
-          ints visible = key <= (int32_t)w.last[r];
-          if (layer.window) visible = visible & (key > (int32_t)(w.last[r] - layer.window));
-          floats v = select(visible, load<floats>(w.scores + r * CHUNK + b * BLOCK) * splat(d.scale), splat(-__builtin_inff()));
-          store(w.scores + r * CHUNK + b * BLOCK, v);
-          broken = broken | (v != v);
-          peak = maximum(peak, v);
+    // Blocks in the order of their use: keys of a chunk, its values, and the keys that come next.
+    const element* blocks[2 * CHUNK / BLOCK + AHEAD];
+    auto put_blocks = [&](const void* of, long kv_head, long chunk, long count, const element** into) {
+      for (long b = 0; b < count; b++)
+        into[b] = (const element*)of + ((long)span.blocks[chunk / BLOCK + b] * d.num_kv_heads + kv_head) * BLOCK * dim;
+    };
+    for (long kv_head = first_head; kv_head < last_head; kv_head++) {
+      for (long q = 0; q < count; q++)
+        for (long g = 0; g < group; g++) {
+          long r = q * group + g;
+          memcpy(w.query + r * dim, queries + ((span.query_start + first + q) * d.num_heads + kv_head * group + g) * dim,
+                 dim * sizeof(operand));
+          w.highest[r] = -__builtin_inff();
+          w.totals[r] = floats{};
+          w.last[r] = start + q;
         }
-        float highest = maximum(peak);
-        if (highest == -__builtin_inff()) { memset(w.weights + r * CHUNK, 0, CHUNK * sizeof(operand)); continue; }
-        if (highest != w.highest[r]) {
-          floats correction = exponential(splat(w.highest[r] - highest));
-          if (w.highest[r] == -__builtin_inff()) correction = floats{};
-          w.totals[r] = w.totals[r] * correction;
-          for (long i = 0; i < dim; i += LANES) store(w.acc + r * dim + i, load<floats>(w.acc + r * dim + i) * correction);
-          w.highest[r] = highest;
-        }
-        for (long b = 0; b < num_blocks; b++) {
-          floats e = exponential(load<floats>(w.scores + r * CHUNK + b * BLOCK) - splat(highest));
-          w.totals[r] = w.totals[r] + e;
-          T::put(w.weights + r * CHUNK + b * BLOCK, e);
-        }
-        // A maximum does not keep what is no number; the sum does.
-        if (any(broken)) w.totals[r] = splat(__builtin_nanf(""));
+      memset(w.acc, 0, rows * dim * sizeof(float));
+      for (long chunk = begin; chunk < end; chunk += CHUNK) {
+        long num_blocks = divide_up((end < chunk + CHUNK ? end : chunk + CHUNK) - chunk, BLOCK);
+        put_blocks(layer.keys, kv_head, chunk, num_blocks, blocks);
+        put_blocks(layer.values, kv_head, chunk, num_blocks, blocks + num_blocks);
+        bool at_end = chunk + CHUNK >= end;
+        long next = at_end ? begin : chunk + CHUNK, next_head = at_end && kv_head + 1 < last_head ? kv_head + 1 : kv_head;
+        long num_next = divide_up(end - next, BLOCK) < AHEAD ? divide_up(end - next, BLOCK) : AHEAD;
+        put_blocks(layer.keys, next_head, next, num_next, blocks + 2 * num_blocks);
+        for (long b = num_next; b < AHEAD; b++) blocks[2 * num_blocks + b] = blocks[2 * num_blocks];
+        score(blocks, num_blocks, rows, w);
+        for (long r = 0; r < rows; r++) soften(layer, chunk, num_blocks, r, w);
+        const element* const* values = blocks + num_blocks;
+        long i = 0;
+        for (; i + WIDE * LANES <= dim; i += WIDE * LANES) weigh<WIDE, WIDE_TILE>(w.weights, values, num_blocks, dim, i, rows, w.acc);
+        for (; i < dim; i += LANES) weigh<1, TILE>(w.weights, values, num_blocks, dim, i, rows, w.acc);
       }
-      long i = 0;
-      for (; i + WIDE * LANES <= dim; i += WIDE * LANES) weigh<WIDE, WIDE_TILE>(w.weights, values, num_blocks, dim, i, rows, w.acc);
-      for (; i < dim; i += LANES) weigh<1, TILE>(w.weights, values, num_blocks, dim, i, rows, w.acc);
+      for (long q = 0; q < count; q++)
+        for (long g = 0; g < group; g++) {
+          long r = q * group + g;
+          floats factor = splat(1.0f / sum(w.totals[r]));
+          operand* o = out + ((span.query_start + first + q) * d.num_heads + kv_head * group + g) * dim;
+          for (long i = 0; i < dim; i += LANES) T::put(o + i, load<floats>(w.acc + r * dim + i) * factor);
+        }
     }
-    for (long q = 0; q < count; q++)
-      for (long g = 0; g < group; g++) {
-        long r = q * group + g;
-        floats factor = splat(1.0f / sum(w.totals[r]));
-        operand* o = out + ((span.query_start + first + q) * d.num_heads + kv_head * group + g) * dim;
-        for (long i = 0; i < dim; i += LANES) T::put(o + i, load<floats>(w.acc + r * dim + i) * factor);
+  }
+
+  // scores[rows][num_blocks blocks] = queries times keys. More keys at a time where there are few queries.
+  void score(const element* const* keys, long num_blocks, long rows, Scratch& w) const {
+    long dim = d.head_dim;
+    in_tiles<TILE>(rows, [&](auto count, long r) {
+      constexpr int ROWS = count();
+      constexpr int AT_ONCE = ROWS * AHEAD <= NUM_SUMS ? AHEAD : ROWS * 2 <= NUM_SUMS ? 2 : 1;
+      auto some = [&](auto several, long b) {
+        constexpr int BLOCKS = several();
+        floats sums[ROWS][BLOCKS] = {};
+        const element* const* ahead = ROWS <= FEW_ROWS ? keys + b + AHEAD : nullptr;
+        multiply_blocks<T, ROWS, BLOCKS>(w.query + r * dim, dim, keys + b, ahead, dim / T::PAIR, sums);
+        for (int i = 0; i < ROWS; i++)
+          for (int j = 0; j < BLOCKS; j++) store(w.scores + (r + i) * CHUNK + (b + j) * BLOCK, sums[i][j]);
+      };
+      long b = 0;
+      for (; b + AT_ONCE <= num_blocks; b += AT_ONCE) some(std::integral_constant<int, AT_ONCE>{}, b);
+      for (; b < num_blocks; b++) some(std::integral_constant<int, 1>{}, b);
+    });
+  }
+
+  // Makes weights of a row's scores against the highest so far, and corrects what was weighed against a lower one. What is
+  // no number stays so in the total.
+  void soften(const LayerWeights& layer, long chunk, long num_blocks, long r, Scratch& w) const {
+    float* scores = w.scores + r * CHUNK;
+    long dim = d.head_dim, last = w.last[r];
+    floats peak = splat(w.highest[r]);
+    for (long b = 0; b < num_blocks; b++) {
+      floats v = load<floats>(scores + b * BLOCK);
+      long first = chunk + b * BLOCK;
+      if (first + BLOCK - 1 > last || (layer.window && first <= last - layer.window)) {
+        ints key = lane_numbers() + (int32_t)first;
+        ints visible = key <= (int32_t)last;
+        if (layer.window) visible = visible & (key > (int32_t)(last - layer.window));
+        v = select(visible, v, splat(-__builtin_inff()));
+        store(scores + b * BLOCK, v);
       }
+      peak = maximum(v, peak);
+    }
+    float highest = maximum(peak);
+    if (highest == -__builtin_inff()) {
+      for (long b = 0; b < num_blocks; b++) {
+        floats v = load<floats>(scores + b * BLOCK);
+        if (any(v != v)) w.totals[r] = splat(__builtin_nanf(""));
+      }
+      memset(w.weights + r * CHUNK, 0, CHUNK * sizeof(operand));
+      return;
+    }
+    if (highest != w.highest[r]) {
+      floats correction = exponential(splat((w.highest[r] - highest) * d.scale));
+      w.totals[r] = w.totals[r] * correction;
+      for (long i = 0; i < dim; i += LANES) store(w.acc + r * dim + i, load<floats>(w.acc + r * dim + i) * correction);
+      w.highest[r] = highest;
+    }
+    floats base = splat(highest * d.scale);
+    for (long b = 0; b < num_blocks; b++) {
+      floats e = exponential(load<floats>(scores + b * BLOCK) * splat(d.scale) - base);
+      w.totals[r] = w.totals[r] + e;
+      T::put(w.weights + r * CHUNK + b * BLOCK, e);
+    }
   }
 
   void run(Workspace& memory, bool counting) {
@@ -361,7 +404,9 @@ template <class T> struct Runner {
     std::vector<std::pair<long, long>> tiles;
     for (long i = 0; i < s.num_spans; i++)
       for (long q = 0; q < s.spans[i].num_queries; q += queries_per_task) tiles.emplace_back(i, q);
-    long num_tasks = (long)tiles.size();
+    long num_tiles = (long)tiles.size();
+    // All heads of a tile are one task where there are tiles enough: what a task reads is fetched ahead within it.
+    long heads_per_task = num_tiles >= 4L * pool.size() ? d.num_kv_heads : 1, head_tasks = d.num_kv_heads / heads_per_task;
 
     pool.run(divide_up(n, 16), [&](long task, int) {
       for (long t = task * 16; t < n && t < task * 16 + 16; t++) embed(s.token_ids[t], x + t * hidden);
@@ -395,11 +440,12 @@ template <class T> struct Runner {
         for (long t = writes[i].first; t < writes[i].second; t++)
           write_keys(layer, t, projected + t * fused + query_size, projected + t * fused + query_size + key_size);
       });
-      pool.run(num_tasks * d.num_kv_heads, [&](long task, int thread) {
-        auto [i, q] = tiles[num_tasks - 1 - task / d.num_kv_heads];
+      pool.run(num_tiles * head_tasks, [&](long task, int thread) {
+        auto [i, q] = tiles[num_tiles - 1 - task / head_tasks];
         const Span& span = s.spans[i];
         long count = span.num_queries - q < queries_per_task ? span.num_queries - q : queries_per_task;
-        attend(layer, span, task % d.num_kv_heads, q, count, queries, attended, scratch[thread]);
+        long head = task % head_tasks * heads_per_task;
+        attend(layer, span, head, head + heads_per_task, q, count, queries, attended, scratch[thread]);
       });
       auto add = [&](long row, long panel, floats left, floats right) {
         float* p = x + row * hidden + panel * PANEL;

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from reprise.engine.memory import MappedFiles, zeros
+from reprise.engine.memory import Arena, MappedFiles, zeros
 from reprise.engine.native.library import (
     FORMATS,
     Decoder,
@@ -102,15 +102,19 @@ class NativeDecoder:
         self.num_embeddings: int = parts.embed_tokens.weight.shape[0]
         self.max_positions = max_positions
         self.num_slots = num_blocks * BLOCK
+        tied = head.weight.data_ptr() == parts.embed_tokens.weight.data_ptr()
+        finest: Quantization = "none" if quantize == "none" else "int8"
         layers = (LayerWeights * len(parts.layers))()
+        self._arena = Arena(
+            sum(self._packed_bytes(weights, quantize) for layer in parts.layers for weights in _matrices(layer))
+            + sum(self._packed_bytes([part.weight], finest) for part in [parts.embed_tokens] + [head] * (not tied))
+        )
         size = self.num_slots * config.num_key_value_heads * head_dim
         # One memory for all layers, of which a page is taken when its slots are first written.
         pool = torch.split(zeros(2 * size * len(layers), self._dtype), size)
         for index, (layer, weights, window) in enumerate(zip(parts.layers, layers, windows, strict=True)):
             self._fill(layer, weights, window)
             weights.keys, weights.values = map(self._keep, pool[2 * index : 2 * index + 2])
-        tied = head.weight.data_ptr() == parts.embed_tokens.weight.data_ptr()
-        finest: Quantization = "none" if quantize == "none" else "int8"
         embedding = self._packed([parts.embed_tokens.weight], finest)
         positions = torch.arange(max_positions)[None]
         cosines, sines = parts.rotary_emb(torch.zeros(1), positions)
@@ -144,13 +148,13 @@ class NativeDecoder:
         )
 
     def _fill(self, layer: Any, weights: LayerWeights, window: int | None) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
+        attention, quantize = layer.self_attn, self._quantize
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        quantize = self._quantize
-        weights.query_key_value = self._packed([projection.weight for projection in projections], quantize)
-        weights.output = self._packed([attention.o_proj.weight], quantize)
-        weights.gate_up = self._packed([mlp.gate_proj.weight, mlp.up_proj.weight], quantize, interleaved=True)
-        weights.down = self._packed([mlp.down_proj.weight], quantize)
+        query_key_value, output, gate_up, down = _matrices(layer)
+        weights.query_key_value = self._packed(query_key_value, quantize)
+        weights.output = self._packed(output, quantize)
+        weights.gate_up = self._packed(gate_up, quantize, interleaved=True)
+        weights.down = self._packed(down, quantize)
         if projections[0].bias is not None:
             weights.query_key_value_bias = self._float32([projection.bias for projection in projections])
         weights.input_norm = self._float32([layer.input_layernorm.weight])
@@ -165,7 +169,7 @@ class NativeDecoder:
         library, code = self._context.library, FORMATS[quantize]
         inner = weights[0].shape[1]
         columns = sum(weight.shape[0] for weight in weights)
-        data = self._keep(zeros(library.reprise_packed_bytes(columns, inner, code, self._element_size), torch.uint8))
+        data = self._arena.take(self._packed_bytes(weights, quantize)).data_ptr()
         scales = self._keep(torch.zeros(-(-columns // PANEL) * PANEL)) if quantize == "int8" else None
         first = 0
         for index, weight in enumerate(weights):
@@ -183,9 +187,26 @@ class NativeDecoder:
                 weight.data = weight.data.new_empty(0)
         return Matrix(data, scales, code)
 
+    def _packed_bytes(self, weights: Sequence[nn.Parameter], quantize: Quantization) -> int:
+        columns, inner = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
+        library, code = self._context.library, FORMATS[quantize]
+        return Arena.rounded(library.reprise_packed_bytes(columns, inner, code, self._element_size))
+
     def _float32(self, tensors: Iterable[Tensor]) -> int:
         return self._keep(torch.cat([tensor.detach().float() for tensor in tensors]).contiguous())
 
     def _keep(self, tensor: Tensor) -> int:
         self._kept.append(tensor)
         return tensor.data_ptr()
+
+
+def _matrices(layer: Any) -> list[list[nn.Parameter]]:
+    """A layer's weights in the order of their use, those together that are packed as one."""
+    attention, mlp = layer.self_attn, layer.mlp
+    together = (
+        (attention.q_proj, attention.k_proj, attention.v_proj),
+        (attention.o_proj,),
+        (mlp.gate_proj, mlp.up_proj),
+        (mlp.down_proj,),
+    )
+    return [[linear.weight for linear in linears] for linears in together]

@@ -104,6 +104,34 @@ inline __attribute__((always_inline)) void add_columns(const typename T::operand
   }
 }
 
+// sums[ROWS][BLOCKS] = ROWS rows of x times the sixteen columns of each block, [num_inner][16][PAIR]. `ahead`: blocks that
+// are fetched meanwhile, of the same size, or null.
+template <class T, int ROWS, int BLOCKS>
+inline __attribute__((always_inline)) void multiply_blocks(const typename T::operand* x, long stride,
+                                                           const typename T::element* const* blocks,
+                                                           const typename T::element* const* ahead, long num_inner,
+                                                           floats (&sums)[ROWS][BLOCKS]) {
+  const typename T::element* columns[BLOCKS];
+  for (int b = 0; b < BLOCKS; b++) columns[b] = blocks[b];
+  auto add = [&](auto part, long k) __attribute__((always_inline)) {
+    decltype(T::template factor<part()>(columns[0])) factors[BLOCKS];
+#pragma GCC unroll 8
+    for (int b = 0; b < BLOCKS; b++) factors[b] = T::template factor<part()>(columns[b] + k * LANES * T::PAIR);
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; i++) {
+      auto a = T::template spread<part()>(x + i * stride + k * T::PAIR);
+#pragma GCC unroll 8
+      for (int b = 0; b < BLOCKS; b++) sums[i][b] = T::add_products(sums[i][b], a, factors[b]);
+    }
+  };
+  for (long k = 0; k < num_inner; k++) {
+    if (ROWS <= 4 && ahead)
+      for (int b = 0; b < BLOCKS; b++) __builtin_prefetch(ahead[b] + k * LANES * T::PAIR);
+    add(std::integral_constant<int, 0>{}, k);
+    if (T::PARTS > 1) add(std::integral_constant<int, T::PARTS - 1>{}, k);
+  }
+}
+
 template <int ROWS, class F> inline void in_tiles_left(long num_rows, long m, const F& f) {
   if (num_rows == ROWS) f(std::integral_constant<int, ROWS>{}, m);
   else if constexpr (ROWS > 1) in_tiles_left<ROWS - 1>(num_rows, m, f);

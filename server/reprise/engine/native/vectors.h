@@ -89,20 +89,37 @@ template <class V> inline void store(void* p, V v) { Memory<V>::store(p, v); }
 inline floats select(ints mask, floats a, floats b) {
   return bits_as<floats>((mask & bits_as<ints>(a)) | (~mask & bits_as<ints>(b)));
 }
-inline floats maximum(floats a, floats b) { return select(a > b, a, b); }
-
-inline float sum(floats v) {
-  float lanes[LANES], total = 0;
-  store(lanes, v);
-  for (int i = 0; i < LANES; i++) total += lanes[i];
-  return total;
+// The second where one is no number.
+inline floats maximum(floats a, floats b) {
+#if defined(__AVX512F__)
+  return (floats)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return select(a > b, a, b);
+#endif
 }
-inline float maximum(floats v) {
+
+// Half onto half, so that the sum has one order.
+inline float sum(floats v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
   float lanes[LANES];
   store(lanes, v);
-  float highest = lanes[0];
-  for (int i = 1; i < LANES; i++) highest = lanes[i] > highest ? lanes[i] : highest;
+  for (int width = LANES / 2; width; width /= 2)
+    for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
+  return lanes[0];
+#endif
+}
+// Of what are numbers, if there are any.
+inline float maximum(floats v) {
+#if defined(__AVX512F__)
+  return _mm512_mask_reduce_max_ps(_mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_ORD_Q), (__m512)v);
+#else
+  float lanes[LANES], highest = -__builtin_inff();
+  store(lanes, v);
+  for (int i = 0; i < LANES; i++) highest = lanes[i] > highest ? lanes[i] : highest;
   return highest;
+#endif
 }
 inline bool any(ints mask) {
   int32_t lanes[LANES], found = 0;
@@ -171,8 +188,24 @@ inline ints neighbour_sums(shorts a) {
 #endif
 }
 
-// exp by its Taylor series of degree 6 on [-ln2/2, ln2/2]; arguments are at most 0 or small, below -87 gives 0.
+// exp by its Taylor series of degree 6 on [-ln2/2, ln2/2]; below -87 it gives 0.
 inline floats exponential(floats x) {
+  auto series = [](floats r) {
+    floats p = splat(1.0f / 720);
+    p = p * r + splat(1.0f / 120);
+    p = p * r + splat(1.0f / 24);
+    p = p * r + splat(1.0f / 6);
+    p = p * r + splat(0.5f);
+    p = p * r + splat(1.0f);
+    return p * r + splat(1.0f);
+  };
+#if defined(__AVX512F__)
+  auto large = _mm512_cmp_ps_mask((__m512)x, (__m512)splat(-87.0f), _CMP_NLT_UQ);
+  floats n = (floats)_mm512_roundscale_ps((__m512)(x * splat(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  floats r = x - n * splat(0.693359375f);
+  r = r - n * splat(-2.12194440e-4f);
+  return (floats)_mm512_maskz_scalef_ps(large, (__m512)series(r), (__m512)n);
+#else
   const floats given = x;
   ints tiny = x < splat(-87.0f);
   x = maximum(x, splat(-87.0f));
@@ -181,15 +214,9 @@ inline floats exponential(floats x) {
   n = n - splat(12582912.0f);
   floats r = x - n * splat(0.693359375f);
   r = r - n * splat(-2.12194440e-4f);
-  floats p = splat(1.0f / 720);
-  p = p * r + splat(1.0f / 120);
-  p = p * r + splat(1.0f / 24);
-  p = p * r + splat(1.0f / 6);
-  p = p * r + splat(0.5f);
-  p = p * r + splat(1.0f);
-  p = p * r + splat(1.0f);
   ints exponent = (numbers_as<ints>(n) + 127) << 23;
-  return select(given == given, select(tiny, floats{}, p * bits_as<floats>(exponent)), given);
+  return select(given == given, select(tiny, floats{}, series(r) * bits_as<floats>(exponent)), given);
+#endif
 }
 
 // Rounds sixteen numbers to bfloat16, to the nearest and of two to the even one, and writes them.
