@@ -47,7 +47,7 @@ def read_bandwidth(num_bytes: int, *, budget: float, device: str) -> float:
 def matrix_rate(rows: int, size: int, dtype: torch.dtype, *, budget: float, device: str) -> float:
     """Floating-point operations a second of (rows, size) times (size, size).
 
-    Of fewer rows where so many would take longer than the budget, as in bfloat16 on a CPU that has no such instructions.
+    Of fewer rows where so many would take longer than the budget, as in bfloat16 on a CPU without such instructions.
     """
     generator = torch.Generator().manual_seed(0)
     left = torch.randn(rows, size, generator=generator).to(device, dtype)

@@ -190,9 +190,9 @@ class EngineCore:
         broken: set[int] = set()
         offset = 0
         for scheduled in batch:
-            rows = logits[offset : offset + scheduled.num_logit_rows]
-            offset += scheduled.num_logit_rows
+            first, offset = offset, offset + scheduled.num_logit_rows
             if scheduled.sequence.scores_prompt:
+                rows = logits[first:offset]
                 _score_prompt(scheduled, rows)
                 if bool(no_numbers(rows.float()).any()):
                     broken.add(scheduled.sequence.sequence_id)
@@ -203,7 +203,9 @@ class EngineCore:
                 ahead += range(count)
         drawn: Drawn = {s.sequence.sequence_id: [] for s in batch}
         if sequences:
-            chosen = logits[torch.tensor(sampled_rows, device=logits.device)]
+            # Mostly all of them, of which no copy is needed.
+            everything = len(sampled_rows) == logits.shape[0]
+            chosen = logits if everything else logits[torch.tensor(sampled_rows, device=logits.device)]
             for sequence, sampled in zip(sequences, self._sampler.sample(sequences, chosen, ahead), strict=True):
                 drawn[sequence.sequence_id].append(sampled)
         return drawn | {sequence_id: [Sampled(error_code="numerical_error")] for sequence_id in broken}

@@ -72,12 +72,6 @@ class Decoder(Structure):
     )
 
 
-class Span(Structure):
-    """`Span` of decoder.cpp."""
-
-    _fields_ = (("query_start", c_int64), ("num_queries", c_int64), ("num_tokens", c_int64), ("blocks", c_void_p))
-
-
 class Step(Structure):
     """`Step` of decoder.cpp."""
 
@@ -88,7 +82,7 @@ class Step(Structure):
         ("token_ids", c_void_p),
         ("positions", c_void_p),
         ("slots", c_void_p),
-        ("spans", POINTER(Span)),
+        ("spans", c_void_p),
         ("logit_rows", c_void_p),
         ("logits", c_void_p),
     )

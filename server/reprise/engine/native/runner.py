@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from reprise.engine.native.decoder import BLOCK, NativeDecoder
-from reprise.engine.native.library import Span, Step
+from reprise.engine.native.library import Step
 from reprise.engine.scheduler import Batch
 from reprise.engine.sequence import Sequence
 
@@ -27,50 +27,48 @@ class NativeRunner:
 
     def run(self, batch: Batch) -> Tensor:
         """Logits [R, vocab] float32, valid until the next call."""
-        spans = (Span * len(batch))()
         token_ids: list[int] = []
+        positions: list[int] = []
         logit_rows: list[int] = []
-        positions: list[np.ndarray] = []
-        slots: list[np.ndarray] = []
-        tables: list[np.ndarray] = []
-        for scheduled, span in zip(batch, spans, strict=True):
-            sequence, start, end = scheduled.sequence, scheduled.start, scheduled.start + scheduled.num_rows
-            table = np.array(sequence.block_ids, dtype=np.int32)
-            if len(self._parts) > 1:
-                table = (table[:, None] * len(self._parts) + self._parts).reshape(-1)
-            places = np.arange(start, end, dtype=np.int32)
-            span.query_start, span.num_queries, span.num_tokens = len(token_ids), end - start, end
-            span.blocks = table.ctypes.data
+        block_ids: list[int] = []
+        shapes: list[tuple[int, int, int, int]] = []
+        for scheduled in batch:
+            first, start, count = len(token_ids), scheduled.start, scheduled.num_rows
+            shapes.append((first, count, start + count, len(block_ids)))
             token_ids += scheduled.token_ids
-            logit_rows += range(len(token_ids) - scheduled.num_logit_rows, len(token_ids))
-            positions.append(places)
-            slots.append(table[places // BLOCK] * BLOCK + places % BLOCK)
-            tables.append(table)
+            positions += range(start, start + count)
+            logit_rows += range(first + count - scheduled.num_logit_rows, first + count)
+            block_ids += scheduled.sequence.block_ids
+        parts = len(self._parts)
+        table = np.array(block_ids, dtype=np.int32)
+        if parts > 1:
+            table = (table[:, None] * parts + self._parts).reshape(-1)
+        spans = np.array(shapes, dtype=np.int64)
+        first_blocks = spans[:, 3] * parts
+        rows = np.array([token_ids, positions], dtype=np.int32)
+        blocks = np.repeat(first_blocks, spans[:, 1]) + rows[1] // BLOCK
+        slots = table[blocks] * BLOCK + rows[1] % BLOCK
+        spans[:, 3] = table.ctypes.data + first_blocks * table.itemsize
         decoder, logits = self._decoder, self._logits
-        if min(token_ids) < 0 or max(token_ids) >= decoder.num_embeddings:
+        if rows[0].min() < 0 or rows[0].max() >= decoder.num_embeddings:
             raise IndexError("a token id is beyond the model's embeddings")
-        assert max(int(part[-1]) for part in positions) < decoder.max_positions
-        assert max(int(part.max()) for part in slots) < decoder.num_slots
+        assert rows[1].max() < decoder.max_positions
+        assert slots.max() < decoder.num_slots
         if logits.shape[0] < len(logit_rows):
             logits = torch.empty((len(logit_rows), decoder.vocab_size))
             if len(logit_rows) <= MAX_KEPT_ROWS:
                 self._logits = logits
-        arrays = [
-            np.array(token_ids, dtype=np.int32),
-            np.concatenate(positions),
-            np.concatenate(slots).astype(np.int32, copy=False),
-            np.array(logit_rows, dtype=np.int32),
-        ]
+        needed = np.array(logit_rows, dtype=np.int32)
         decoder.forward(
             Step(
                 num_tokens=len(token_ids),
                 num_spans=len(batch),
                 num_logit_rows=len(logit_rows),
-                token_ids=arrays[0].ctypes.data,
-                positions=arrays[1].ctypes.data,
-                slots=arrays[2].ctypes.data,
-                spans=spans,
-                logit_rows=arrays[3].ctypes.data,
+                token_ids=rows[0].ctypes.data,
+                positions=rows[1].ctypes.data,
+                slots=slots.ctypes.data,
+                spans=spans.ctypes.data,
+                logit_rows=needed.ctypes.data,
                 logits=logits.data_ptr(),
             )
         )
