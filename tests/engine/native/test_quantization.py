@@ -51,14 +51,24 @@ def four_bits(weight: Tensor) -> Tensor:
     return ((groups / scale).round().clamp(-8, 7) * scale).reshape(weight.shape)
 
 
+def rows_of_eight_bits(rows: Tensor) -> Tensor:
+    """What rows become before they are multiplied: eight bits, and a scale for each 32 neighbours."""
+    groups = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % 32)).unflatten(-1, (-1, 32))
+    scale = groups.abs().amax(-1, keepdim=True) / 127
+    return ((groups / scale.clamp(min=1e-30)).round() * scale).flatten(-2)[..., : rows.shape[-1]]
+
+
 def rounded(model: PreTrainedModel, of_layers: Callable[[Tensor], Tensor]) -> PreTrainedModel:
-    """The model with the weights that quantisation leaves, as plain numbers."""
+    """The model with the weights that quantisation leaves, as plain numbers, and its rows rounded as well."""
     copy: Any = deepcopy(model)
     with torch.no_grad():
         for name, parameter in copy.named_parameters():
             if parameter.dim() > 1:
                 way = eight_bits if "embed" in name or "lm_head" in name else of_layers
                 parameter.copy_(way(parameter))
+    for module in copy.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda _, inputs: (rows_of_eight_bits(inputs[0]),))
     result: PreTrainedModel = copy
     return result
 
@@ -73,25 +83,31 @@ def logits(model: PreTrainedModel, ids: list[int], quantize: Quantization, varia
     return NativeRunner(decoder, BLOCK).run([ScheduledSequence(sequence, 0, len(ids))]).clone()
 
 
-def error(found: Tensor, expected: Tensor) -> float:
-    return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).mean())
+def errors(found: Tensor, expected: Tensor) -> Tensor:
+    """Of each token, the first first."""
+    return (found - expected).norm(dim=-1) / expected.norm(dim=-1)
 
 
 @pytest.mark.parametrize("variant", built_variants())
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(("quantize", "way", "most"), [("int8", eight_bits, 2e-6), ("int4", four_bits, 0.02)])
+@pytest.mark.parametrize(("quantize", "way"), [("int8", eight_bits), ("int4", four_bits)])
+@pytest.mark.parametrize("intermediate", [224, 208])
 def test_it_computes_what_rounded_weights_say(
-    quantize: Quantization, way: Callable[[Tensor], Tensor], most: float, variant: str, *, tied: bool
+    quantize: Quantization, way: Callable[[Tensor], Tensor], variant: str, intermediate: int, *, tied: bool
 ) -> None:
-    """With four bits the rows are rounded too, to eight: that is all that is left of a difference."""
-    model = build(transformers.LlamaConfig(**SHAPE, tie_word_embeddings=tied))
+    """A number here and there is rounded the other way after another order of sums; what follows differs by that."""
+    if intermediate % 32 and quantize == "int4":
+        return
+    shape = SHAPE | {"intermediate_size": intermediate}
+    model = build(transformers.LlamaConfig(**shape, tie_word_embeddings=tied))
     ids = torch.randint(0, 301, (NUM_TOKENS,), generator=torch.Generator().manual_seed(1)).tolist()
     found = logits(model, ids, quantize, variant)
     with torch.inference_mode():
         of_rounded = rounded(model, way)(torch.tensor([ids])).logits[0]
         own = model(torch.tensor([ids])).logits[0]
-    assert error(found, of_rounded) < most
-    assert error(found, own) > 2 * most, "nothing was rounded"
+    assert errors(found, of_rounded)[:5].max() < 1e-6
+    assert errors(found, of_rounded).max() < 0.05
+    assert errors(found, own)[:5].min() > 1e-3, "nothing was rounded"
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "context.h"
-#include "products.h"
+#include "quantised.h"
 
 namespace {
 
@@ -91,19 +91,9 @@ void pack(const typename T::element* weight, long row, long inner, void* packed,
     return;
   }
   std::vector<float> values(inner);
-  float most = 0;
-  for (long k = 0; k < inner; k++) {
-    values[k] = T::value(weight[row * inner + k]);
-    most = fabsf(values[k]) > most ? fabsf(values[k]) : most;
-  }
-  if (format == INT4) {
-    int4::pack(values.data(), inner, (uint8_t*)packed, column);
-    return;
-  }
-  float inverse = most > 0 ? Int8::MOST / most : 0;
-  auto* first = (int8_t*)packed + Panels<Int8>::place(column, 0, inner);
-  for (long k = 0; k < inner; k++) first[k * Panels<Int8>::STEP] = (int8_t)lrintf(values[k] * inverse);
-  scales[column] = most / Int8::MOST;
+  for (long k = 0; k < inner; k++) values[k] = T::value(weight[row * inner + k]);
+  if (format == INT4) pack_int4(values.data(), inner, (uint8_t*)packed, column);
+  else scales[column] = pack_int8(values.data(), inner, (uint8_t*)packed, column);
 }
 
 template <class T> struct Runner {
@@ -130,15 +120,12 @@ template <class T> struct Runner {
 
   // What rows become before they meet quantised weights.
   struct Rounded {
-    float* values;
     int8_t* numbers;
     float* scales;
     int32_t* sums;
-    int4::Row* rows;
+    RoundedRow* rows;
   };
   Rounded rounded{};
-
-  static float number(operand x) { if constexpr (std::is_same_v<operand, float>) return x; else return T::value(x); }
 
   template <class F> void product(const operand* x, long inner, const Matrix& weights, long columns, long num_rows, F apply) {
     if (num_rows == 0) return;
@@ -149,31 +136,28 @@ template <class T> struct Runner {
       });
       return;
     }
-    const float* values = rounded.values;
-    if constexpr (std::is_same_v<operand, float>) values = x;
+    long groups = divide_up(inner, GROUP);
     pool.run(divide_up(num_rows, 4), [&](long task, int) {
       for (long t = task * 4; t < num_rows && t < task * 4 + 4; t++) {
-        if (values != (const float*)x)
-          for (long i = 0; i < inner; i++) rounded.values[t * inner + i] = number(x[t * inner + i]);
-        if (weights.format != INT4) continue;
-        long groups = inner / int4::GROUP;
         rounded.rows[t] = {rounded.numbers + t * inner, rounded.scales + t * groups, rounded.sums + t * groups};
-        int4::round_row(values + t * inner, inner, rounded.numbers + t * inner, rounded.scales + t * groups, rounded.sums + t * groups);
+        round_row([&](long k) { return T::lanes(x + t * inner + k); }, inner, rounded.numbers + t * inner,
+                  rounded.scales + t * groups, rounded.sums + t * groups);
       }
     });
+    auto* data = (const uint8_t*)weights.data;
     if (weights.format == INT4) {
       in_tasks(columns, num_rows, [&](long p, long m, long count) {
-        int4::rows_times_panel(rounded.rows + m, (const uint8_t*)weights.data + p * 2 * int4::strip_bytes(inner), inner, count,
-                               [&](long row, floats left, floats right) { apply(m + row, p, left, right); });
+        rounded_rows_times_panel<Int4>(rounded.rows + m, data + p * 2 * Int4::strip_bytes(inner), inner, count,
+                                       [&](long row, floats left, floats right) { apply(m + row, p, left, right); });
       });
       return;
     }
     in_tasks(columns, num_rows, [&](long p, long m, long count) {
       const float* scales = weights.scales + p * PANEL;
-      rows_times_panel<Int8>(values + m * inner, inner, (const int8_t*)weights.data + p * PANEL * inner, inner, count,
-                             [&](long row, floats left, floats right) {
-                               apply(m + row, p, left * load<floats>(scales), right * load<floats>(scales + LANES));
-                             });
+      rounded_rows_times_panel<Int8>(rounded.rows + m, data + p * 2 * Int8::strip_bytes(inner), inner, count,
+                                     [&](long row, floats left, floats right) {
+                                       apply(m + row, p, left * load<floats>(scales), right * load<floats>(scales + LANES));
+                                     });
     });
   }
 
@@ -201,8 +185,8 @@ template <class T> struct Runner {
 
   void embed(long token, float* out) const {
     if (d.embedding.format == INT8) {
-      auto* first = (const int8_t*)d.embedding.data + Panels<Int8>::place(token, 0, d.hidden);
-      for (long k = 0; k < d.hidden; k++) out[k] = first[k * Panels<Int8>::STEP] * d.embedding.scales[token];
+      auto* data = (const uint8_t*)d.embedding.data;
+      for (long k = 0; k < d.hidden; k++) out[k] = (data[Int8::place(token, k, d.hidden)] - Int8::ZERO) * d.embedding.scales[token];
       return;
     }
     auto* first = (const element*)d.embedding.data + Panels<T>::place(token, 0, d.hidden);
@@ -381,13 +365,11 @@ template <class T> struct Runner {
     Scratch* scratch = memory.take<Scratch>(pool.size());
     long widest = d.intermediate > query_size ? d.intermediate : query_size;
     if (widest < hidden) widest = hidden;
-    bool quantised = d.layers[0].down.format != FULL || d.output.format != FULL;
-    if (quantised && !std::is_same_v<operand, float>) rounded.values = memory.take<float>(n * widest);
-    if (d.layers[0].down.format == INT4) {
+    if (d.layers[0].down.format != FULL || d.output.format != FULL) {
       rounded.numbers = memory.take<int8_t>(n * widest);
-      rounded.scales = memory.take<float>(n * widest / int4::GROUP);
-      rounded.sums = memory.take<int32_t>(n * widest / int4::GROUP);
-      rounded.rows = memory.take<int4::Row>(n);
+      rounded.scales = memory.take<float>(n * divide_up(widest, GROUP));
+      rounded.sums = memory.take<int32_t>(n * divide_up(widest, GROUP));
+      rounded.rows = memory.take<RoundedRow>(n);
     }
     if (counting) return;
 
@@ -509,7 +491,7 @@ void reprise_destroy(Context* context) { delete context; }
 // Bytes that a weight of so many columns takes when it is packed.
 int64_t reprise_packed_bytes(int64_t columns, int64_t inner, int64_t format, int element_size) {
   int64_t padded = divide_up(columns, PANEL) * PANEL;
-  if (format == INT4) return padded / LANES * int4::strip_bytes(inner);
+  if (format == INT4) return padded / LANES * Int4::strip_bytes(inner);
   return padded * inner * (format == INT8 ? 1 : element_size);
 }
 

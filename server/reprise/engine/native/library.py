@@ -15,7 +15,9 @@ from pathlib import Path
 
 _NO_MEMORY = 1
 VARIANTS = {
-    "avx512bf16": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx2", "fma"}),
+    "avx512bf16": frozenset(
+        {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni", "avx2", "fma"}
+    ),
     "avx2": frozenset({"avx2", "fma"}),
 }
 """For x86-64, the fastest first, with the CPU's flags that each needs; elsewhere there is one, «generic»."""

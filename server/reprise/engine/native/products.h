@@ -31,6 +31,7 @@ struct BFloat16 {
   }
   static inline floats add_products(floats acc, __m512bh a, __m512bh b) { return (floats)_mm512_dpbf16_ps((__m512)acc, a, b); }
   static inline void put(operand* p, floats v) { put_bfloat16(p, v); }
+  static inline floats lanes(const operand* p) { return widened_bfloat16(p); }
 #else
   typedef float operand;
   static constexpr int PARTS = 2;
@@ -41,6 +42,7 @@ struct BFloat16 {
   template <int PART> static inline floats spread(const operand* x) { return splat(x[PART]); }
   static inline floats add_products(floats acc, floats a, floats b) { return acc + a * b; }
   static inline void put(operand* p, floats v) { store(p, v); }
+  static inline floats lanes(const operand* p) { return load<floats>(p); }
 #endif
   static inline float value(element e) { return from_bfloat16(e); }
   static inline element element_of(float f) { return to_bfloat16(f); }
@@ -55,6 +57,7 @@ struct Float32 {
   template <int PART> static inline floats spread(const operand* x) { return splat(*x); }
   static inline floats add_products(floats acc, floats a, floats b) { return acc + a * b; }
   static inline void put(operand* p, floats v) { store(p, v); }
+  static inline floats lanes(const operand* p) { return load<floats>(p); }
   static inline float value(element e) { return e; }
   static inline element element_of(float f) { return f; }
 };
@@ -71,8 +74,6 @@ template <class T> struct Panels {
            k % T::PAIR;
   }
 };
-
-// ---- matrix products ------------------------------------------------------------------------------------------
 
 // sums[ROWS][GROUPS] += ROWS rows of x times GROUPS groups of 16 columns, over num_inner pairs. `step` elements lie from
 // one pair to the next, and `to_next_group` from one group to the next.
@@ -165,114 +166,5 @@ inline void rows_times_panel(const typename T::operand* x, long stride, const ty
     }
   });
 }
-
-// ---- quantised weights ----------------------------------------------------------------------------------------
-
-// Eight bits a weight, and a scale for each column, which `apply` multiplies the sums with.
-struct Int8 {
-  typedef int8_t element;
-  typedef float operand;
-  static constexpr int PAIR = 1;
-  static constexpr int PARTS = 1;
-  template <int PART> static inline floats factor(const element* p) { return numbers_as<floats>(widened(p)); }
-  template <int PART> static inline floats spread(const operand* x) { return splat(*x); }
-  static inline floats add_products(floats acc, floats a, floats b) { return acc + a * b; }
-  static constexpr float MOST = 127;
-};
-
-// Four bits a weight, and a scale in bfloat16 for each GROUP of a column. Rows are rounded to eight bits, with a scale of
-// each group, so that products within a group are sums of whole numbers.
-//
-// A group of 16 columns is BYTES of a strip: of four weights along the inner dimension one byte each, column by column,
-// four times; the low halves are the weights 4 i to 4 i + 3, the high ones those 16 further on; then the scales.
-namespace int4 {
-constexpr int GROUP = 32;
-constexpr int ZERO = 8;  // what a weight of 0 is written as
-constexpr int QUADS = GROUP / 8;
-constexpr int BYTES = LANES * GROUP / 2 + LANES * 2;
-constexpr int MOST = 127;
-
-inline long strip_bytes(long inner) { return inner / GROUP * BYTES; }
-
-// A row in eight bits: whole numbers, and for each group their scale and their sum.
-struct Row {
-  const int8_t* numbers;
-  const float* scales;
-  const int32_t* sums;
-};
-
-inline void round_row(const float* x, long inner, int8_t* numbers, float* scales, int32_t* sums) {
-  for (long g = 0; g < inner / GROUP; g++, x += GROUP, numbers += GROUP) {
-    float most = 0;
-    for (int i = 0; i < GROUP; i++) most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
-    // What is no number stays none, by the scale.
-    float total = 0;
-    for (int i = 0; i < GROUP; i++) total += x[i];
-    scales[g] = total - total == 0 ? most / MOST : __builtin_nanf("");
-    float inverse = most > 0 && total - total == 0 ? MOST / most : 0;
-    int32_t sum = 0;
-    for (int i = 0; i < GROUP; i++) {
-      int32_t rounded = (int32_t)rintf(x[i] * inverse);
-      numbers[i] = (int8_t)(rounded > MOST ? MOST : rounded < -MOST ? -MOST : rounded);
-      sum += numbers[i];
-    }
-    sums[g] = sum;
-  }
-}
-
-// sums[ROWS] = ROWS rows times the 16 columns of a strip.
-template <int ROWS> inline __attribute__((always_inline)) void multiply(const Row* rows, const uint8_t* strip, long inner, floats (&sums)[ROWS]) {
-  for (int i = 0; i < ROWS; i++) sums[i] = floats{};
-  for (long g = 0; g < inner / GROUP; g++, strip += BYTES) {
-    // At most 8 sums of two products of at most 15 and 127: they fit 16 bits.
-    shorts totals[ROWS] = {};
-    if (ROWS <= 2) for (int line = 0; line < BYTES; line += 64) __builtin_prefetch(strip + 4096 + line);
-#pragma GCC unroll 4
-    for (int quad = 0; quad < QUADS; quad++) {
-      bytes both = load<bytes>(strip + quad * LANES * 4);
-      bytes low = both & (uint8_t)15;
-#pragma GCC unroll 6
-      for (int i = 0; i < ROWS; i++) totals[i] = totals[i] + pair_sums(low, rows[i].numbers + g * GROUP + quad * 4);
-      bytes high = both >> (uint8_t)4;
-#pragma GCC unroll 6
-      for (int i = 0; i < ROWS; i++) totals[i] = totals[i] + pair_sums(high, rows[i].numbers + g * GROUP + GROUP / 2 + quad * 4);
-    }
-    floats scales = widened_bfloat16(strip + LANES * GROUP / 2);
-#pragma GCC unroll 6
-    for (int i = 0; i < ROWS; i++) {
-      floats whole = numbers_as<floats>(neighbour_sums(totals[i]) - ZERO * rows[i].sums[g]);
-      sums[i] = sums[i] + whole * splat(rows[i].scales[g]) * scales;
-    }
-  }
-}
-
-// As `rows_times_panel`.
-template <class F> inline void rows_times_panel(const Row* rows, const uint8_t* panel, long inner, long num_rows, F apply) {
-  in_tiles<6>(num_rows, [&](auto count, long m) {
-    constexpr int ROWS = count();
-    floats left[ROWS], right[ROWS];
-    multiply<ROWS>(rows + m, panel, inner, left);
-    multiply<ROWS>(rows + m, panel + strip_bytes(inner), inner, right);
-    for (int i = 0; i < ROWS; i++) apply(m + i, left[i], right[i]);
-  });
-}
-
-// A column's weights, from a row of them.
-inline void pack(const float* weight, long inner, uint8_t* packed, long column) {
-  auto* strip = packed + (column / LANES) * strip_bytes(inner);
-  long lane = column % LANES;
-  for (long g = 0; g < inner / GROUP; g++, weight += GROUP, strip += BYTES) {
-    float furthest = 0;  // from zero, with its sign: it becomes the one end, -8, of the scale
-    for (int i = 0; i < GROUP; i++) furthest = fabsf(weight[i]) > fabsf(furthest) ? weight[i] : furthest;
-    uint16_t scale = to_bfloat16(furthest / -ZERO);
-    float value = from_bfloat16(scale), inverse = value != 0 ? 1 / value : 0;
-    memcpy(strip + LANES * GROUP / 2 + lane * 2, &scale, 2);
-    for (int i = 0; i < GROUP / 2; i++) {
-      auto nibble = [&](float w) { long n = lrintf(w * inverse) + ZERO; return (uint8_t)(n < 0 ? 0 : n > 15 ? 15 : n); };
-      strip[i / 4 * LANES * 4 + lane * 4 + i % 4] = (uint8_t)(nibble(weight[i]) | nibble(weight[i + GROUP / 2]) << 4);
-    }
-  }
-}
-}  // namespace int4
 
 }  // namespace

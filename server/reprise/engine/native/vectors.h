@@ -136,55 +136,102 @@ inline ints lane_numbers() {
 typedef Vector<uint8_t, 4 * LANES>::type bytes;
 typedef Vector<int16_t, 2 * LANES>::type shorts;
 
-// Sixteen whole numbers of eight bits.
-inline ints widened(const int8_t* p) {
+// Sums of products of whole numbers, of four for each lane: weights of eight bits that are written with ZERO more than they
+// are, and the same four numbers x, from -127 to 127, for all lanes. `sum` is that of all x, from `begin` to `total`.
+struct ByteSums {
+  static constexpr int ZERO = 128;
+  ints totals;
+#if defined(__AVX512VNNI__)
+  inline void begin(int32_t sum) { totals = ints{} - ZERO * sum; }
+  inline void add(bytes weights, const int8_t* x) { totals = (ints)_mm512_dpbusd_epi32((__m512i)totals, (__m512i)weights, same_four(x)); }
+  inline ints total(int32_t) const { return totals; }
+  static inline __m512i same_four(const int8_t* x) {
+    int32_t four;
+    memcpy(&four, x, 4);
+    return _mm512_set1_epi32(four);
+  }
+#elif defined(__AVX2__)
+  inline void begin(int32_t) { totals = ints{}; }
+  inline void add(bytes weights, const int8_t* x) {
+    int32_t four;
+    memcpy(&four, x, 4);
+    totals = {totals.low + products((__m256i)weights.low, four), totals.high + products((__m256i)weights.high, four)};
+  }
+  inline ints total(int32_t) const { return totals; }
+  // The weights' signs go to the numbers: two products of magnitudes fit 16 bits.
+  static inline Vector<int32_t, 8>::type products(__m256i weights, int32_t four) {
+    __m256i numbers = _mm256_xor_si256(weights, _mm256_set1_epi8((char)ZERO));
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(numbers), _mm256_sign_epi8(_mm256_set1_epi32(four), numbers));
+    return (Vector<int32_t, 8>::type)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+  }
+#else
+  inline void begin(int32_t sum) { totals = ints{} - ZERO * sum; }
+  inline void add(bytes weights, const int8_t* x) { totals = totals + sums_of_four(weights, x); }
+  inline ints total(int32_t) const { return totals; }
+#endif
+#if !defined(__AVX2__)
+  static inline ints sums_of_four(bytes weights, const int8_t* x) {
+    uint8_t factors[4 * LANES];
+    int32_t sums[LANES];
+    store(factors, weights);
+    for (int i = 0; i < LANES; i++) {
+      sums[i] = 0;
+      for (int k = 0; k < 4; k++) sums[i] += factors[4 * i + k] * x[k];
+    }
+    return load<ints>(sums);
+  }
+#endif
+};
+
+// The same for weights that are written as 0 to 15. At most 8 may be added up.
+struct NibbleSums {
+  static constexpr int ZERO = 8;
+#if defined(__AVX512VNNI__)
+  ints totals;
+  inline void begin(int32_t sum) { totals = ints{} - ZERO * sum; }
+  inline void add(bytes weights, const int8_t* x) {
+    totals = (ints)_mm512_dpbusd_epi32((__m512i)totals, (__m512i)weights, ByteSums::same_four(x));
+  }
+  inline ints total(int32_t) const { return totals; }
+#elif defined(__AVX2__)
+  shorts pairs;
+  inline void begin(int32_t) { pairs = shorts{}; }
+  inline void add(bytes weights, const int8_t* x) {
+    typedef Vector<int16_t, 16>::type half;
+    int32_t four;
+    memcpy(&four, x, 4);
+    __m256i same = _mm256_set1_epi32(four);
+    pairs = {pairs.low + (half)_mm256_maddubs_epi16((__m256i)weights.low, same),
+             pairs.high + (half)_mm256_maddubs_epi16((__m256i)weights.high, same)};
+  }
+  inline ints total(int32_t sum) const {
+    typedef Vector<int32_t, 8>::type half;
+    __m256i one = _mm256_set1_epi16(1);
+    ints whole{(half)_mm256_madd_epi16((__m256i)pairs.low, one), (half)_mm256_madd_epi16((__m256i)pairs.high, one)};
+    return whole - ZERO * sum;
+  }
+#else
+  ints totals;
+  inline void begin(int32_t sum) { totals = ints{} - ZERO * sum; }
+  inline void add(bytes weights, const int8_t* x) { totals = totals + ByteSums::sums_of_four(weights, x); }
+  inline ints total(int32_t) const { return totals; }
+#endif
+};
+
+inline floats magnitude(floats v) { return bits_as<floats>(bits_as<ints>(v) & 0x7fffffff); }
+
+// Writes sixteen numbers from -127 to 127, rounded to the nearest and of two to the even one. Returns their sum.
+inline int32_t put_rounded(int8_t* p, floats v) {
 #if defined(__AVX512F__)
-  return (ints)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
-#elif defined(__AVX2__)
-  typedef Vector<int32_t, 8>::type half;
-  return {(half)_mm256_cvtepi8_epi32(_mm_loadu_si64(p)), (half)_mm256_cvtepi8_epi32(_mm_loadu_si64(p + 8))};
+  __m512i whole = _mm512_cvtps_epi32((__m512)v);
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(whole));
+  return _mm512_reduce_add_epi32(whole);
 #else
-  int32_t lanes[LANES];
-  for (int i = 0; i < LANES; i++) lanes[i] = p[i];
-  return load<ints>(lanes);
-#endif
-}
-
-// For each lane of four bytes a and the same four x: a0 x0 + a1 x1, and a2 x2 + a3 x3. The a are at most 15.
-inline shorts pair_sums(bytes a, const int8_t* x) {
-#if defined(__AVX512BW__) || defined(__AVX2__)
-  int32_t four;
-  memcpy(&four, x, 4);
-#endif
-#if defined(__AVX512BW__)
-  return (shorts)_mm512_maddubs_epi16((__m512i)a, _mm512_set1_epi32(four));
-#elif defined(__AVX2__)
-  typedef Vector<int16_t, 16>::type half;
-  __m256i b = _mm256_set1_epi32(four);
-  return {(half)_mm256_maddubs_epi16((__m256i)a.low, b), (half)_mm256_maddubs_epi16((__m256i)a.high, b)};
-#else
-  uint8_t factors[4 * LANES];
-  int16_t sums[2 * LANES];
-  store(factors, a);
-  for (int i = 0; i < 2 * LANES; i++) sums[i] = (int16_t)(factors[2 * i] * x[2 * i % 4] + factors[2 * i + 1] * x[2 * i % 4 + 1]);
-  return load<shorts>(sums);
-#endif
-}
-
-// Of each lane of two.
-inline ints neighbour_sums(shorts a) {
-#if defined(__AVX512BW__)
-  return (ints)_mm512_madd_epi16((__m512i)a, _mm512_set1_epi16(1));
-#elif defined(__AVX2__)
-  typedef Vector<int32_t, 8>::type half;
-  __m256i one = _mm256_set1_epi16(1);
-  return {(half)_mm256_madd_epi16((__m256i)a.low, one), (half)_mm256_madd_epi16((__m256i)a.high, one)};
-#else
-  int16_t pairs[2 * LANES];
-  int32_t sums[LANES];
-  store(pairs, a);
-  for (int i = 0; i < LANES; i++) sums[i] = pairs[2 * i] + pairs[2 * i + 1];
-  return load<ints>(sums);
+  float lanes[LANES];
+  int32_t sum = 0;
+  store(lanes, v);
+  for (int i = 0; i < LANES; i++) sum += p[i] = (int8_t)lrintf(lanes[i]);
+  return sum;
 #endif
 }
 
@@ -247,9 +294,13 @@ inline float from_bfloat16(uint16_t x) {
   return f;
 }
 inline floats widened_bfloat16(const void* p) {
+#if defined(__AVX512F__)
+  return (floats)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+#else
   uint16_t halves[LANES];
   float lanes[LANES];
   memcpy(halves, p, sizeof halves);
   for (int i = 0; i < LANES; i++) lanes[i] = from_bfloat16(halves[i]);
   return load<floats>(lanes);
+#endif
 }
