@@ -83,17 +83,29 @@ struct Columns {
   long of(long row) const { return first + (group ? row / group * 2 * group + offset + row % group : row); }
 };
 
+// Packs rows `row` to `row + count`, which are neighbours among the columns of what is packed: at most 16 of them.
 template <class T>
-void pack(const typename T::element* weight, long row, long inner, void* packed, long column, float* scales, long format) {
+void pack(const typename T::element* weight, long row, long count, long inner, void* packed, long column, float* scales, long format) {
   if (format == FULL) {
-    auto* first = (typename T::element*)packed + Panels<T>::place(column, 0, inner);
-    for (long k = 0; k < inner; k++) first[k / T::PAIR * Panels<T>::STEP + k % T::PAIR] = weight[row * inner + k];
+    // A pair of neighbours is four bytes in every format.
+    static_assert(T::PAIR * sizeof(typename T::element) == sizeof(uint32_t));
+    auto* from = (const char*)(weight + row * inner);
+    auto* to = (char*)((typename T::element*)packed + Panels<T>::place(column, 0, inner));
+    auto copy = [&](long lanes) __attribute__((always_inline)) {
+      for (long k = 0; k < inner / T::PAIR; k++)
+        for (long lane = 0; lane < lanes; lane++)
+          memcpy(to + (k * (Panels<T>::STEP / T::PAIR) + lane) * 4, from + (lane * (inner / T::PAIR) + k) * 4, 4);
+    };
+    if (count == LANES) copy(LANES);
+    else copy(count);
     return;
   }
   std::vector<float> values(inner);
-  for (long k = 0; k < inner; k++) values[k] = T::value(weight[row * inner + k]);
-  if (format == INT4) pack_int4(values.data(), inner, (uint8_t*)packed, column);
-  else scales[column] = pack_int8(values.data(), inner, (uint8_t*)packed, column);
+  for (long r = row; r < row + count; r++, column++) {
+    for (long k = 0; k < inner; k++) values[k] = T::value(weight[r * inner + k]);
+    if (format == INT4) pack_int4(values.data(), inner, (uint8_t*)packed, column);
+    else scales[column] = pack_int8(values.data(), inner, (uint8_t*)packed, column);
+  }
 }
 
 template <class T> struct Runner {
@@ -496,19 +508,16 @@ int64_t reprise_packed_bytes(int64_t columns, int64_t inner, int64_t format, int
 }
 
 // Puts rows of a weight [num_rows, inner] into panels as the columns from first_column on; where group is not 0,
-// group by group into every second group of columns, beginning with the one at offset.
+// group by group into every second group of columns, beginning with the one at offset. first_column and group: multiples
+// of 16.
 int reprise_pack(Context* context, const void* weight, int64_t num_rows, int64_t inner, void* packed, int64_t first_column,
                  int64_t group, int64_t offset, float* scales, int64_t format, int element_size) {
   return guarded([&] {
-    const long rows = 64;
     Columns columns{first_column, group, offset};
-    context->pool.run(divide_up(num_rows, rows), [&](long task, int) {
-      for (long r = task * rows; r < num_rows && r < task * rows + rows; r++) {
-        if (element_size == 2)
-          pack<BFloat16>((const uint16_t*)weight, r, inner, packed, columns.of(r), scales, format);
-        else
-          pack<Float32>((const float*)weight, r, inner, packed, columns.of(r), scales, format);
-      }
+    context->pool.run(divide_up(num_rows, LANES), [&](long task, int) {
+      long r = task * LANES, count = num_rows - r < LANES ? num_rows - r : LANES;
+      if (element_size == 2) pack<BFloat16>((const uint16_t*)weight, r, count, inner, packed, columns.of(r), scales, format);
+      else pack<Float32>((const float*)weight, r, count, inner, packed, columns.of(r), scales, format);
     });
   });
 }
