@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import traceback
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from reprise.engine.model_runner import ModelRunner
+from reprise.engine.device import to_device
+from reprise.engine.model_runner import Anticipating, ModelRunner
 from reprise.engine.sampler import Sampled, Sampler, no_numbers, row_logprobs
 from reprise.engine.scheduler import Batch, ScheduledSequence, Scheduler
 from reprise.engine.sequence import Sequence
@@ -36,6 +38,7 @@ class EngineCore:
     def __init__(self, scheduler: Scheduler, runner: ModelRunner, sampler: Sampler) -> None:
         self._scheduler = scheduler
         self._runner = runner
+        self._anticipate = runner.anticipate if isinstance(runner, Anticipating) else None
         self._sampler = sampler
         self._sequences: dict[int, Sequence] = {}
         self._num_steps = 0
@@ -205,8 +208,10 @@ class EngineCore:
         if sequences:
             # Mostly all of them, of which no copy is needed.
             everything = len(sampled_rows) == logits.shape[0]
-            chosen = logits if everything else logits[torch.tensor(sampled_rows, device=logits.device)]
-            for sequence, sampled in zip(sequences, self._sampler.sample(sequences, chosen, ahead), strict=True):
+            chosen = logits if everything else logits[to_device(sampled_rows, logits.device)]
+            when_drawn = partial(self._anticipate, batch) if self._anticipate else None
+            choices = self._sampler.sample(sequences, chosen, ahead, when_drawn)
+            for sequence, sampled in zip(sequences, choices, strict=True):
                 drawn[sequence.sequence_id].append(sampled)
         return drawn | {sequence_id: [Sampled(error_code="numerical_error")] for sequence_id in broken}
 
@@ -295,7 +300,7 @@ def _score_prompt(scheduled: ScheduledSequence, rows: Tensor) -> None:
     targets = sequence.token_ids[scheduled.start + 1 : min(scheduled.end + 1, sequence.num_prompt_tokens)]
     if not targets:
         return
-    wanted = torch.tensor(targets, device=rows.device)
+    wanted = to_device(targets, rows.device)
     count = sequence.sampling.num_prompt_logprobs
     scored = row_logprobs(rows[: len(targets)].float(), wanted, [count] * len(targets))
     sequence.prompt_logprobs[scheduled.start + 1 : scheduled.start + 1 + len(targets)] = scored

@@ -31,10 +31,11 @@ def temperature(scores: Tensor, value: Tensor) -> Tensor:
     return scores / value[:, None]
 
 
-def top_k(scores: Tensor, k: Tensor) -> Tensor:
-    """Keep the k highest scores (1 ≤ k), and whatever ties with the k-th."""
+def top_k(scores: Tensor, k: Tensor, largest: int | None = None) -> Tensor:
+    """Keep the k highest scores (1 ≤ k), and whatever ties with the k-th. `largest` k: else it is fetched."""
     k = k.clamp(max=scores.shape[-1])
-    highest = torch.topk(scores, int(k.max()), dim=-1).values
+    most = int(k.max()) if largest is None else min(largest, scores.shape[-1])
+    highest = torch.topk(scores, most, dim=-1).values
     threshold = highest.gather(-1, (k - 1)[:, None])
     return scores.masked_fill(scores < threshold, REMOVED)
 

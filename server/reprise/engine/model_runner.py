@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import nullcontext
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -25,6 +25,17 @@ class ModelRunner(Protocol):
 
     def forget(self, sequence: Sequence) -> None:
         """A sequence ended or lost its place: drop whatever is held for it."""
+
+
+@runtime_checkable
+class Anticipating(Protocol):
+    """A runner that begins a step before its tokens are known to the host."""
+
+    def anticipate(self, batch: Batch, token_ids: Tensor) -> None:
+        """Begin what comes after `batch`, whose entries were given these tokens [rows] int64, on the device still.
+
+        The next `run` may be another step; then this had no effect.
+        """
 
 
 class PagedRunner:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from reprise.engine import logits as processors
 from reprise.engine.bad_words import BadWordAutomaton, TokenTable
+from reprise.engine.device import Fetch, to_device
 from reprise.engine.noise import draw_key
 from reprise.engine.selection import Highest, Selection, TorchSelection
 from reprise.engine.sequence import Sequence
@@ -59,13 +61,13 @@ class _Constraints:
             self.counts = torch.zeros(vocab_size, device=device)
         if sampling.repetition_penalty != 1.0:
             self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-            self.seen[torch.tensor(sequence.token_ids[: sequence.num_prompt_tokens], device=device)] = True
+            self.seen[to_device(sequence.token_ids[: sequence.num_prompt_tokens], device)] = True
         if sampling.allowed_token_ids is not None:
             self._allowed = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-            self._allowed[torch.tensor(sampling.allowed_token_ids, device=device)] = True
+            self._allowed[to_device(sampling.allowed_token_ids, device)] = True
         if sampling.logit_bias:
-            ids = torch.tensor(list(sampling.logit_bias), device=device)
-            self._bias = (ids, torch.tensor(list(sampling.logit_bias.values()), device=device))
+            ids = to_device(list(sampling.logit_bias), device)
+            self._bias = (ids, to_device(list(sampling.logit_bias.values()), device))
         if sampling.bad_words:
             assert table is not None
             self._bad_words = (_automaton(sampling.bad_words), table)
@@ -91,13 +93,12 @@ class _Constraints:
             row.masked_fill_(~self._allowed, processors.REMOVED)
         sampling = self._sequence.sampling
         if self._sequence.num_output_tokens < sampling.min_tokens:
-            row[torch.tensor([*sampling.end_token_ids, *sampling.stop_token_ids], dtype=torch.int64)] = (
-                processors.REMOVED
-            )
+            ending = [*sampling.end_token_ids, *sampling.stop_token_ids]
+            row[to_device(ending, self._device, torch.int64)] = processors.REMOVED
         if self._bad_words is not None:
             automaton, table = self._bad_words
-            forbidden = torch.from_numpy(automaton.forbidden(self._bad_word_state, table))
-            row.masked_fill_(forbidden[: row.shape[0]].to(self._device), processors.REMOVED)
+            forbidden = automaton.forbidden(self._bad_word_state, table)[: row.shape[0]]
+            row.masked_fill_(to_device(forbidden, self._device), processors.REMOVED)
 
 
 class Sampler:
@@ -113,11 +114,17 @@ class Sampler:
         self._constraints.pop(sequence.sequence_id, None)
 
     @torch.inference_mode()
-    def sample(self, sequences: list[Sequence], logits: Tensor, ahead: list[int] | None = None) -> list[Sampled]:
+    def sample(
+        self,
+        sequences: list[Sequence],
+        logits: Tensor,
+        ahead: list[int] | None = None,
+        when_drawn: Callable[[Tensor], None] | None = None,
+    ) -> list[Sampled]:
         """One token for each row of `logits` [B, vocab]; the ids and log-probabilities reach the host once.
 
         `ahead`: of each row, how many tokens lie between the sequence's last one and the row's: none by default, else
-        the sequence is not constrained.
+        the sequence is not constrained. `when_drawn` is given the tokens [B] int64 while they are on their way.
         """
         raw = logits.float()
         scores = self.processed(sequences, raw)
@@ -126,17 +133,18 @@ class Sampler:
         token_ids = self._draw(sequences, scores, best.token_ids, ahead or [0] * len(sequences))
         broken = _are_broken(most_likely) | best.has_nan
         barred = best.scores == processors.REMOVED
-        logprobs = row_logprobs(raw, token_ids, [sequence.sampling.num_logprobs for sequence in sequences])
+        logprobs = RowLogprobs(raw, token_ids, [sequence.sampling.num_logprobs for sequence in sequences])
+        chosen = Fetch([broken, barred, token_ids])
+        if when_drawn is not None:
+            when_drawn(token_ids)
         sampled = []
-        for row, (is_broken, is_barred, token_id) in enumerate(
-            zip(broken.tolist(), barred.tolist(), token_ids.tolist(), strict=True)
-        ):
+        for is_broken, is_barred, token_id, of_row in zip(*chosen.lists(), logprobs.rows(), strict=True):
             if is_broken:
                 sampled.append(Sampled(error_code="numerical_error"))
             elif is_barred:
                 sampled.append(Sampled(error_code="no_admissible_token"))
             else:
-                sampled.append(Sampled(token_id, logprobs[row]))
+                sampled.append(Sampled(token_id, of_row))
         return sampled
 
     def processed(self, sequences: list[Sequence], raw: Tensor) -> Tensor:
@@ -146,9 +154,9 @@ class Sampler:
         for value, is_on, process in _WARPERS:
             rows = [row for row, p in enumerate(parameters) if p.temperature >= GREEDY_BELOW and is_on(p)]
             if rows:
-                index = torch.tensor(rows, device=raw.device)
-                values = torch.tensor([value(parameters[row]) for row in rows], device=raw.device)
-                scores = scores.index_copy(0, index, process(scores[index], values))
+                index = to_device(rows, raw.device)
+                processed = process(scores[index], [value(parameters[row]) for row in rows])
+                scores = scores.index_copy(0, index, processed)
         return scores
 
     def _constrained(self, sequences: list[Sequence], raw: Tensor) -> Tensor:
@@ -162,11 +170,11 @@ class Sampler:
         for row, constraints in held.items():
             sampling = sequences[row].sampling
             if constraints.seen is not None:
-                penalty = torch.tensor([sampling.repetition_penalty], device=raw.device)
+                penalty = to_device([sampling.repetition_penalty], raw.device)
                 scores[row] = processors.repetition_penalty(scores[row : row + 1], constraints.seen[None], penalty)[0]
             if constraints.counts is not None:
-                presence = torch.tensor([sampling.presence_penalty], device=raw.device)
-                frequency = torch.tensor([sampling.frequency_penalty], device=raw.device)
+                presence = to_device([sampling.presence_penalty], raw.device)
+                frequency = to_device([sampling.frequency_penalty], raw.device)
                 scores[row] = processors.presence_and_frequency_penalty(
                     scores[row : row + 1], constraints.counts[None], presence, frequency
                 )[0]
@@ -192,19 +200,30 @@ class Sampler:
                 draw_key(s.sampling.seed, s.choice_index, s.num_output_tokens + ahead[row])
                 for row, s in ((row, sequences[row]) for row in rows)
             ]
-            index = torch.tensor(rows, device=scores.device)
+            index = to_device(rows, scores.device)
             drawn = self._selection.draw(scores if len(rows) == len(sequences) else scores[index], keys)
             token_ids = token_ids.index_copy(0, index, drawn)
         return token_ids
 
 
-_Warper = tuple[Callable[[SamplingParams], float], Callable[[SamplingParams], bool], Callable[[Tensor, Tensor], Tensor]]
+_Process = Callable[[Tensor, list[Any]], Tensor]
+
+
+def _top_k(scores: Tensor, k: list[int]) -> Tensor:
+    return processors.top_k(scores, to_device(k, scores.device), max(k))
+
+
+def _with_values(process: Callable[[Tensor, Tensor], Tensor]) -> _Process:
+    return lambda scores, values: process(scores, to_device(values, scores.device))
+
+
+_Warper = tuple[Callable[[SamplingParams], Any], Callable[[SamplingParams], bool], _Process]
 _WARPERS: tuple[_Warper, ...] = (
-    (lambda p: p.temperature, lambda p: p.temperature != 1.0, processors.temperature),
-    (lambda p: p.top_k, lambda p: p.top_k > 0, processors.top_k),
-    (lambda p: p.top_p, lambda p: p.top_p < 1.0, processors.top_p),
-    (lambda p: p.min_p, lambda p: p.min_p > 0.0, processors.min_p),
-    (lambda p: p.typical_p, lambda p: p.typical_p < 1.0, processors.typical_p),
+    (lambda p: p.temperature, lambda p: p.temperature != 1.0, _with_values(processors.temperature)),
+    (lambda p: p.top_k, lambda p: p.top_k > 0, _top_k),
+    (lambda p: p.top_p, lambda p: p.top_p < 1.0, _with_values(processors.top_p)),
+    (lambda p: p.min_p, lambda p: p.min_p > 0.0, _with_values(processors.min_p)),
+    (lambda p: p.typical_p, lambda p: p.typical_p < 1.0, _with_values(processors.typical_p)),
 )
 
 
@@ -219,17 +238,30 @@ def _are_broken(found: Highest) -> Tensor:
 
 def row_logprobs(raw: Tensor, token_ids: Tensor, counts: list[int | None]) -> list[TokenLogprobs | None]:
     """Log-probabilities under the model's own distribution: of `token_ids` [B], and of the `counts[row]` best."""
-    result: list[TokenLogprobs | None] = [None] * len(counts)
-    rows = [row for row, count in enumerate(counts) if count is not None]
-    if not rows:
+    return RowLogprobs(raw, token_ids, counts).rows()
+
+
+class RowLogprobs:
+    """The same on its way to the host."""
+
+    def __init__(self, raw: Tensor, token_ids: Tensor, counts: list[int | None]) -> None:
+        self._counts = counts
+        self._rows = [row for row, count in enumerate(counts) if count is not None]
+        if not self._rows:
+            return
+        index = to_device(self._rows, raw.device)
+        logprobs = raw[index].float().log_softmax(dim=-1).clamp(min=LOWEST_LOGPROB)
+        ids = token_ids[index]
+        most = min(max(NUM_RANKED, *(count for count in counts if count is not None)), raw.shape[-1])
+        best, best_ids = torch.topk(logprobs, most, dim=-1)
+        self._fetch = Fetch([ids, logprobs.gather(-1, ids[:, None])[:, 0], best_ids, best])
+
+    def rows(self) -> list[TokenLogprobs | None]:
+        """Waits until they are there."""
+        result: list[TokenLogprobs | None] = [None] * len(self._counts)
+        if not self._rows:
+            return result
+        for row, token_id, chosen, best_ids, best in zip(self._rows, *self._fetch.lists(), strict=True):
+            count = self._counts[row] or 0
+            result[row] = TokenLogprobs(token_id, chosen, list(zip(best_ids[:count], best[:count], strict=True)))
         return result
-    index = torch.tensor(rows, device=raw.device)
-    logprobs = raw[index].float().log_softmax(dim=-1).clamp(min=LOWEST_LOGPROB)
-    chosen = logprobs.gather(-1, token_ids[index][:, None])[:, 0].tolist()
-    most = min(max(NUM_RANKED, *(count for count in counts if count is not None)), raw.shape[-1])
-    best, best_ids = (t.tolist() for t in torch.topk(logprobs, most, dim=-1))
-    for position, row in enumerate(rows):
-        count = counts[row] or 0
-        top = list(zip(best_ids[position][:count], best[position][:count], strict=True))
-        result[row] = TokenLogprobs(int(token_ids[row]), chosen[position], top)
-    return result

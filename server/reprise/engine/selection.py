@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from reprise.engine.device import to_device
 from reprise.engine.noise import gumbel
 
 
@@ -38,5 +39,5 @@ class TorchSelection:
         return Highest(token_ids, values, torch.isnan(scores).any(dim=-1))
 
     def draw(self, scores: Tensor, keys: list[int]) -> Tensor:
-        noise = gumbel(torch.tensor(keys, device=scores.device), scores.shape[-1])
+        noise = gumbel(to_device(keys, scores.device), scores.shape[-1])
         return (scores + noise).argmax(dim=-1)
