@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from reprise.engine import attention, experts, model_runner, repeatability
+from reprise.engine import attention, execution, experts, loader, model_runner, repeatability
 from reprise.engine.core import EngineCore
 from reprise.engine.gate import paged_gate
 from reprise.engine.native.library import built_variants
@@ -28,6 +28,7 @@ EXPERTS = ["mixtral", "qwen3-moe", "qwen2-moe", "granitemoe", "deepseek-v3", "gp
 NUM_TOKENS = {"paged": 8, "padded": 6}
 PROMPT_LENGTHS = {"paged": (1, 9, 26, 131, 150, 40), "padded": (1, 9, 26, 67, 71, 40)}
 NATIVE = ["llama", "qwen3", "mistral-window"]
+CUDA = ["llama", "qwen3", "mistral-window"]
 ModelDirectory = Callable[[str], Path]
 
 
@@ -137,12 +138,17 @@ def replace_sampling(sampling: SamplingParams, **changes: Any) -> SamplingParams
     [
         *((name, "paged", "torch") for name in DENSE + EXPERTS),
         *((name, "paged", "native") for name in NATIVE),
+        *((name, "paged", "cuda") for name in CUDA),
         *((name, "padded", "torch") for name in tiny_models.PADDED),
     ],
 )
 def test_the_same_bits_in_every_circumstance(
-    name: str, tier: str, kernels: str, dtype: str, wide_directory: ModelDirectory
+    name: str, tier: str, kernels: str, dtype: str, wide_directory: ModelDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if kernels == "cuda":
+        # On the CPU it has another attention and no graphs; everything around them is the same.
+        monkeypatch.setattr(loader, "choose_execution", execution.cuda_paged)
+        kernels = "auto"
     if kernels == "native" and not built_variants():
         pytest.skip("the native decoder was not built: there was no compiler, or this CPU has none of its instructions")
     ways = circumstances(wide_directory(name), dtype, tier, kernels)

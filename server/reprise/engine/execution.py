@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from reprise.engine.alone_runner import AloneRunner
+from reprise.engine.cuda.attention import PAGE, VarlenAttention, plain_attention
+from reprise.engine.cuda.decoder import CudaDecoder, FusedWeights
+from reprise.engine.cuda.decoder import unsupported as unsupported_on_cuda
+from reprise.engine.cuda.products import choose_products, keep_to_one_order, without_order
+from reprise.engine.cuda.runner import CudaRunner
 from reprise.engine.gate import (
     GateResult,
     NativeGate,
     alone_gate,
+    cuda_layers_gate,
     equal_over,
     native_layers_gate,
     padding_gate,
@@ -29,11 +36,13 @@ from reprise.engine.native.selection import NativeSelection
 from reprise.engine.padded_runner import PaddedRunner
 from reprise.engine.repeatability import (
     NUM_CHECK_BLOCKS,
+    NUM_PROMPT_TOKENS,
     Repeatability,
     check_alone,
     check_paged,
     check_runner,
     fingerprint_of,
+    num_check_blocks,
 )
 from reprise.engine.scheduler import SchedulingLimits
 from reprise.engine.selection import Selection, TorchSelection
@@ -45,6 +54,9 @@ MAX_DRAFT_ROWS = 8
 """Of a step: as many as cost hardly more than one, since they are computed while the weights are read."""
 ALONE_STEP_TOKENS = 128
 """Of a step where each token may be a forward of its own: so that a replay does not stop the other streams for long."""
+
+
+logger = logging.getLogger(__name__)
 
 
 class NativeMismatchError(Exception):
@@ -86,6 +98,11 @@ def choose_execution(
 
     Raises ModelLoadError, and NativeMismatchError where the weights are lost for nothing.
     """
+    if device.type == "cuda":
+        on_cuda = cuda_paged(model, config, max_model_len, device)
+        if isinstance(on_cuda, Execution):
+            return on_cuda
+        logger.warning("the model runs through torch and transformers: %s", on_cuda)
     refusal = native_refusal(model, config)
     gate = None if refusal else NativeGate(model, config.quantize)
     if gate is not None:
@@ -158,6 +175,75 @@ def native_paged(
         runner=NativeRunner(decoder, block_size),
         selection=NativeSelection(context),
         check=lambda: check_runner(checker, decoder.vocab_size, min(max_model_len, pool.num_tokens)),
+    )
+
+
+def cuda_paged(
+    model: PreTrainedModel, config: EngineConfig, max_model_len: int, device: torch.device
+) -> Execution | str:
+    """With the decoder for CUDA, on any device; or why not, and then the model can be run as before."""
+    if config.tier == "padded" or config.kernels != "auto" or config.quantize != "none":
+        return "other kernels were asked for than those of the decoder for CUDA"
+    refusal = unsupported_on_cuda(model)
+    if refusal:
+        return refusal
+    try:
+        return _checked_cuda_paged(model, config, max_model_len, device)
+    except (MemoryError, torch.OutOfMemoryError, ModelLoadError):
+        raise
+    except Exception as error:
+        # Whatever a kernel that this GPU or this torch does not have is reported as.
+        logger.exception("the decoder for CUDA failed")
+        return f"the decoder for CUDA failed with {type(error).__name__}"
+
+
+def _checked_cuda_paged(
+    model: PreTrainedModel, config: EngineConfig, max_model_len: int, device: torch.device
+) -> Execution | str:
+    gate = NativeGate(model)
+    refusal = gate.mismatch() or cuda_layers_gate(model, gate.windows)
+    if refusal:
+        return refusal
+    fixed_order = config.deterministic is not False
+    limits = paged_limits(config)
+    on_gpu = device.type == "cuda"
+    weights = FusedWeights(model, gate.windows)
+    if on_gpu and fixed_order:
+        keep_to_one_order()
+    choose = choose_products if fixed_order else without_order
+    most_rows = max(limits.max_num_batched_tokens, NUM_PROMPT_TOKENS, 2 * gate.num_positions)
+    products = choose(weights.matrices, most_rows)
+    block_size = -(-config.block_size // PAGE) * PAGE if on_gpu else config.block_size
+    pool = size_pool(config, paged_bytes_per_token(gate.shapes), max_model_len, device, block_size)
+    max_positions = max(max_model_len, gate.num_positions)
+    decoder = CudaDecoder(
+        model,
+        weights,
+        products,
+        VarlenAttention(max_positions, fixed_order=fixed_order) if on_gpu else plain_attention,
+        num_blocks=max(pool.num_blocks, num_check_blocks(block_size), 2 * -(-gate.num_positions // block_size)),
+        block_size=block_size,
+        max_positions=max_positions,
+    )
+    runner = CudaRunner(decoder, config.max_num_seqs)
+    difference = gate.difference(runner, block_size)
+    if difference:
+        return f"in the decoder for CUDA {difference}"
+
+    def check() -> Repeatability:
+        longest = min(max_model_len, pool.num_tokens)
+        found = check_runner(runner, decoder.vocab_size, longest, block_size=block_size)
+        return found if fixed_order else replace(found, passed=False, reason="turned off")
+
+    return Execution(
+        tier="paged",
+        reason=equal_over(gate.shapes),
+        kernels=f"cuda, {products}",
+        pool=pool,
+        limits=limits,
+        runner=runner,
+        selection=TorchSelection(),
+        check=check,
     )
 
 

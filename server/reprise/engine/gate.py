@@ -20,7 +20,11 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from reprise.engine.alone_runner import AloneRunner
-from reprise.engine.attention import ATTENTION_NAME
+from reprise.engine.attention import ATTENTION_NAME, ROW_MULTIPLE
+from reprise.engine.cuda.attention import plain_attention
+from reprise.engine.cuda.decoder import CudaDecoder, FusedWeights
+from reprise.engine.cuda.products import Products, row_buckets
+from reprise.engine.cuda.runner import CudaRunner
 from reprise.engine.experts import EXPERTS_NAME
 from reprise.engine.kv_cache import KVCache, LayerShape
 from reprise.engine.mapped_model import empty_model
@@ -142,8 +146,7 @@ def native_layers_gate(model: PreTrainedModel, windows: list[int | None]) -> str
 
     Its first layers and tokens decide, in float32: rounding in a lower precision would hide a difference.
     """
-    small = _first_layers(model)
-    prompts = [[token % NUM_GATE_VOCABULARY for token in prompt] for prompt in _prompts(model.config)]
+    small, prompts = _first_layers(model), _first_tokens(model)
     decoder = NativeDecoder(
         small,
         windows[:NUM_GATE_LAYERS],
@@ -151,9 +154,34 @@ def native_layers_gate(model: PreTrainedModel, windows: list[int | None]) -> str
         max_positions=max(map(len, prompts)),
         context=NativeContext(torch.get_num_threads()),
     )
-    actual = _in_steps(NativeRunner(decoder, BLOCK), prompts, block_size=BLOCK)
-    difference = _difference([_eager_logits(small, prompt) for prompt in prompts], actual, torch.float32)
+    difference = _runner_difference(small, NativeRunner(decoder, BLOCK), prompts)
     return f"in the native decoder {difference}" if difference else ""
+
+
+def cuda_layers_gate(model: PreTrainedModel, windows: list[int | None]) -> str:
+    """The same of the decoder for CUDA, with the attention that takes float32."""
+    small, prompts = _first_layers(model), _first_tokens(model)
+    longest = max(map(len, prompts))
+    decoder = CudaDecoder(
+        small,
+        FusedWeights(small, windows[:NUM_GATE_LAYERS]),
+        Products(row_buckets(ROW_MULTIPLE, len(prompts) * longest)),
+        plain_attention,
+        num_blocks=2 * (-(-longest // BLOCK)),
+        block_size=BLOCK,
+        max_positions=longest,
+    )
+    difference = _runner_difference(small, CudaRunner(decoder, 0), prompts)
+    return f"in the decoder for CUDA {difference}" if difference else ""
+
+
+def _first_tokens(model: PreTrainedModel) -> list[list[int]]:
+    return [[token % NUM_GATE_VOCABULARY for token in prompt] for prompt in _prompts(model.config)]
+
+
+def _runner_difference(small: PreTrainedModel, runner: ModelRunner, prompts: list[list[int]]) -> str:
+    expected = [_eager_logits(small, prompt) for prompt in prompts]
+    return _difference(expected, _in_steps(runner, prompts, block_size=BLOCK), torch.float32)
 
 
 def _first_layers(model: PreTrainedModel) -> PreTrainedModel:
@@ -203,9 +231,9 @@ class NativeGate:
         num_calls = list(self._num_calls.values())
         return _unsupported_layers(self._config) or _layer_mismatch(self._config, num_calls, self.shapes)
 
-    def difference(self, runner: NativeRunner) -> str:
+    def difference(self, runner: ModelRunner, block_size: int = BLOCK) -> str:
         """How the runner's logits, of all layers, differ by more than rounding explains; empty where they do not."""
-        actual = _in_steps(runner, self._prompts, block_size=BLOCK)
+        actual = _in_steps(runner, self._prompts, block_size=block_size)
         errors = torch.cat([_errors(*pair) for pair in zip(self._expected, actual, strict=True)])
         mean = float(errors.nan_to_num(nan=float("inf")).mean())
         return f"{_DIFFERENCE} by {mean:.2g} of their size" if mean > self._tolerance else ""
@@ -230,12 +258,12 @@ class NativeGate:
 
 
 @contextmanager
-def _in_float32(model: nn.Module) -> Iterator[None]:
+def _in_float32(model: PreTrainedModel) -> Iterator[None]:
     """While it lasts, products and embeddings are float32, and with them what follows from them.
 
     Torch's products of a low precision take many times as long on a CPU without instructions for it.
     """
-    scratch = torch.empty(WIDENED_AT_ONCE)
+    scratch = torch.empty(WIDENED_AT_ONCE, device=model.device)
     changed = []
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -256,7 +284,8 @@ def _float32_linear(linear: nn.Linear, scratch: Tensor, rows: Tensor) -> Tensor:
     columns = rows.reshape(-1, rows.shape[-1]).T
     parts = []
     for part in torch.split(linear.weight, max(1, scratch.numel() // linear.in_features)):
-        wide = scratch[: part.numel()].view_as(part) if part.numel() <= scratch.numel() else torch.empty(part.shape)
+        fits = part.numel() <= scratch.numel()
+        wide = scratch[: part.numel()].view_as(part) if fits else scratch.new_empty(part.shape)
         parts.append(wide.copy_(part) @ columns)
     output = torch.cat(parts).T.reshape(*rows.shape[:-1], -1)
     return output if linear.bias is None else output + linear.bias

@@ -29,8 +29,19 @@ NUM_PROMPT_TOKENS = KEY_BLOCK + 5
 CHUNKS = (3, 7, 1, 5, 10)
 """Where the prompt is cut: row counts, filled up or not, that have kernels of their own."""
 NUM_ALONE_TOKENS = 13
+_NUM_IN_COMPANY = 11
+_NUM_OTHER_TOKENS = 6
 _BLOCK_SIZE = 16
-NUM_CHECK_BLOCKS = -(-NUM_PROMPT_TOKENS // _BLOCK_SIZE) + 4
+
+
+def num_check_blocks(block_size: int) -> int:
+    """Of the pool, that the check computes in."""
+    return sum(
+        -(-count // block_size) for count in (NUM_PROMPT_TOKENS, sum(CHUNKS) + _NUM_IN_COMPANY, _NUM_OTHER_TOKENS)
+    )
+
+
+NUM_CHECK_BLOCKS = num_check_blocks(_BLOCK_SIZE)
 _ATTENTION_TOKENS = 2 * KEY_BLOCK + 9
 _ATTENTION_PARTS = ((0, 1), (1, 3), (5, 8), (120, 131), (130, 131), (250, _ATTENTION_TOKENS), (264, 265))
 _EVERY_ROW = SamplingParams(seed=0, max_tokens=8, num_prompt_logprobs=0)
@@ -60,12 +71,17 @@ def check_paged(
 
 
 def check_runner(
-    runner: ModelRunner, vocab_size: int, max_sequence_tokens: int, *, difference: str = ""
+    runner: ModelRunner,
+    vocab_size: int,
+    max_sequence_tokens: int,
+    *,
+    block_size: int = _BLOCK_SIZE,
+    difference: str = "",
 ) -> Repeatability:
-    """About 190 tokens in 9 forwards, in the first NUM_CHECK_BLOCKS blocks of 16. `difference`: found before."""
+    """About 190 tokens in 9 forwards, in the first NUM_CHECK_BLOCKS blocks. `difference`: found before."""
     num_tokens = min(NUM_PROMPT_TOKENS, max_sequence_tokens)
-    num_blocks = -(-num_tokens // _BLOCK_SIZE)
-    prompt, other = _prompts(vocab_size, num_tokens, min(6, max_sequence_tokens))
+    num_blocks = -(-num_tokens // block_size)
+    prompt, other = _prompts(vocab_size, num_tokens, min(_NUM_OTHER_TOKENS, max_sequence_tokens))
     whole = _sequence(0, prompt, range(num_blocks))
     (expected,) = _rows(runner, [ScheduledSequence(whole, 0, num_tokens)])
     fingerprint = _fingerprint([expected])
@@ -73,15 +89,22 @@ def check_runner(
     found.difference = difference
 
     # The first tokens again in chunks, elsewhere in the cache, the last chunk in company.
-    again = _sequence(1, prompt, range(num_blocks, num_blocks + 3))
+    num_again = -(-(sum(CHUNKS) + _NUM_IN_COMPANY) // block_size)
+    again = _sequence(1, prompt, range(num_blocks, num_blocks + num_again))
     end = 0
     for size in CHUNKS:
         start, end = end, min(end + size, num_tokens)
         if start < end:
             found.compare("in chunks", start, _rows(runner, [ScheduledSequence(again, start, end - start)])[0])
-    company = ScheduledSequence(_sequence(2, other, range(num_blocks + 3, num_blocks + 4)), 0, len(other))
+    company = ScheduledSequence(
+        _sequence(
+            2, other, range(num_blocks + num_again, num_blocks + num_again + -(-_NUM_OTHER_TOKENS // block_size))
+        ),
+        0,
+        len(other),
+    )
     if end < num_tokens:
-        ours = ScheduledSequence(again, end, min(11, num_tokens - end))
+        ours = ScheduledSequence(again, end, min(_NUM_IN_COMPANY, num_tokens - end))
         found.compare("in company", end, _rows(runner, [company, ours])[1])
 
     # The last tokens again, over the keys and values of the first pass: decoding, and a cached prefix.

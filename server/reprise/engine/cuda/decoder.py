@@ -1,0 +1,203 @@
+"""A transformers model of the Llama family as plain operations over pages of keys and values.
+
+Nothing in a forward depends on a value: on CUDA it never waits for the device, and can be captured as a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from reprise.engine import elementwise
+from reprise.engine.cuda.attention import PagedAttention
+from reprise.engine.cuda.products import Products
+from reprise.engine.cuda.tables import StepTables
+from reprise.engine.native.decoder import MODEL_TYPES
+
+MAX_HEAD_DIM = 256
+_HEAD_DIM_MULTIPLE = 8
+
+
+def unsupported(model: PreTrainedModel) -> str:
+    """Why this decoder cannot run the model; empty where it can."""
+    config: Any = model.config
+    if config.model_type not in MODEL_TYPES:
+        return f"the decoder for CUDA has no models of type {config.model_type}"
+    if model.device.type == "cuda" and model.dtype not in (torch.bfloat16, torch.float16):
+        return f"the decoder for CUDA does not run in {str(model.dtype).removeprefix('torch.')}"
+    if config.hidden_act not in ("silu", "swish"):
+        return f"the decoder for CUDA has no activation {config.hidden_act}"
+    parts: Any = model.model
+    attention, mlp = parts.layers[0].self_attn, parts.layers[0].mlp
+    if any(linear.bias is not None for linear in (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)):
+        return "the decoder for CUDA has no biases there"
+    if attention.head_dim % _HEAD_DIM_MULTIPLE or attention.head_dim > MAX_HEAD_DIM:
+        return f"the decoder for CUDA has no heads of {attention.head_dim}"
+    if _rotations(model, 1)[0].shape[-1] != attention.head_dim:
+        return "the decoder for CUDA rotates heads as a whole"
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """Of one layer, all in the model's number format; a matrix is [outer, inner]."""
+
+    query_key_value: Tensor
+    query_key_value_bias: Tensor | None
+    output: Tensor
+    gate_up: Tensor
+    down: Tensor
+    input_norm: Tensor
+    post_norm: Tensor
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    window: int | None
+
+
+class FusedWeights:
+    """A model's weights as the decoder reads them. The model shares their memory and can be run as before."""
+
+    def __init__(self, model: PreTrainedModel, windows: Sequence[int | None]) -> None:
+        """windows: the sliding window of each layer, None for everything."""
+        parts: Any = model.model
+        head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+        self.layers = [_layer(layer, window) for layer, window in zip(parts.layers, windows, strict=True)]
+        self.embedding: Tensor = parts.embed_tokens.weight.detach()
+        self.head: Tensor = head.weight.detach()
+        self.final_norm: Tensor = parts.norm.weight.detach()
+
+    @property
+    def matrices(self) -> list[Tensor]:
+        """Everything that rows are multiplied with."""
+        of_layers = [m for w in self.layers for m in (w.query_key_value, w.output, w.gate_up, w.down)]
+        return [*of_layers, self.head]
+
+
+class CudaDecoder:
+    """The model over `num_blocks` blocks of `block_size` tokens and one more, for rows that are nobody's.
+
+    Keys and values: [layers, 2, num_blocks + 1, block_size, kv_heads, head_dim] in the model's number format.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        weights: FusedWeights,
+        products: Products,
+        attention: PagedAttention,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_positions: int,
+    ) -> None:
+        config: Any = model.config
+        first: Any = model.model.layers[0].self_attn
+        self.device, self.products = model.device, products
+        self.num_blocks, self.block_size, self.max_positions = num_blocks, block_size, max_positions
+        self.num_embeddings, self.vocab_size = weights.embedding.shape[0], weights.head.shape[0]
+        self._weights, self._attention = weights, attention
+        self._num_heads: int = config.num_attention_heads
+        self._num_kv_heads: int = config.num_key_value_heads
+        self._head_dim: int = first.head_dim
+        self._scale: float = first.scaling
+        self._epsilon: float = config.rms_norm_eps
+        # Torch's own on a CPU gives an element other bits at another place in a tensor.
+        self._silu = F.silu if model.device.type == "cuda" else elementwise.silu
+        self._cosines, self._sines = _rotations(model, max_positions)
+        pages = (len(weights.layers), 2, num_blocks + 1, block_size, self._num_kv_heads, self._head_dim)
+        # Zeros, since a masked-out NaN left in fresh memory would still poison a weighted sum.
+        self._pages = torch.zeros(pages, dtype=model.dtype, device=model.device)
+
+    @torch.inference_mode()
+    def forward(self, tables: StepTables, *, one_row_each: bool) -> Tensor:
+        """Logits [L, vocab] in the model's number format, or with `one_row_each` [R, vocab] of all rows.
+
+        What the tables name is not checked: token ids are below `num_embeddings`, positions below `max_positions`. Row
+        counts are the products' buckets.
+        """
+        weights, products, epsilon = self._weights, self.products, self._epsilon
+        hidden = F.embedding(tables.token_ids, weights.embedding)
+        num_rows = hidden.shape[0]
+        heads = [self._num_heads, self._num_kv_heads, self._num_kv_heads]
+        slots = tables.slots.long()
+        rotation = (
+            self._cosines.index_select(0, tables.positions)[:, None],
+            self._sines.index_select(0, tables.positions)[:, None],
+        )
+        for layer, (keys, values) in zip(weights.layers, self._pages, strict=True):
+            projected = products(_norm(hidden, layer.input_norm, epsilon), layer.query_key_value)
+            if layer.query_key_value_bias is not None:
+                projected = projected + layer.query_key_value_bias
+            query, key, value = torch.split(projected.view(num_rows, -1, self._head_dim), heads, dim=1)
+            if layer.query_norm is not None and layer.key_norm is not None:
+                query, key = _norm(query, layer.query_norm, epsilon), _norm(key, layer.key_norm, epsilon)
+            keys.flatten(0, 1).index_copy_(0, slots, _rotated(key, *rotation))
+            values.flatten(0, 1).index_copy_(0, slots, value)
+            attended = self._attention(
+                _rotated(query, *rotation),
+                keys,
+                values,
+                tables,
+                scale=self._scale,
+                window=layer.window,
+                one_row_each=one_row_each,
+            )
+            hidden = hidden + products(attended.reshape(num_rows, -1), layer.output)
+            gate, up = products(_norm(hidden, layer.post_norm, epsilon), layer.gate_up).chunk(2, dim=-1)
+            hidden = hidden + products(self._silu(gate) * up, layer.down)
+        if not one_row_each:
+            hidden = hidden.index_select(0, tables.logit_rows)
+        return products(_norm(hidden, weights.final_norm, epsilon), weights.head)
+
+
+def _layer(layer: Any, window: int | None) -> LayerWeights:
+    attention, mlp = layer.self_attn, layer.mlp
+    projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+    biases = [projection.bias for projection in projections]
+    has_norms = hasattr(attention, "q_norm")
+    return LayerWeights(
+        query_key_value=_fused([projection.weight for projection in projections]),
+        query_key_value_bias=None if biases[0] is None else torch.cat(biases).detach(),
+        output=attention.o_proj.weight.detach(),
+        gate_up=_fused([mlp.gate_proj.weight, mlp.up_proj.weight]),
+        down=mlp.down_proj.weight.detach(),
+        input_norm=layer.input_layernorm.weight.detach(),
+        post_norm=layer.post_attention_layernorm.weight.detach(),
+        query_norm=attention.q_norm.weight.detach() if has_norms else None,
+        key_norm=attention.k_norm.weight.detach() if has_norms else None,
+        window=window,
+    )
+
+
+def _fused(weights: list[nn.Parameter]) -> Tensor:
+    """The rows of all of them in one matrix, of which each becomes a part: the memory holds one copy."""
+    together = torch.cat([weight.detach() for weight in weights])
+    for weight, part in zip(weights, torch.split(together, [weight.shape[0] for weight in weights]), strict=True):
+        weight.data = part
+    return together
+
+
+def _rotations(model: PreTrainedModel, max_positions: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [max_positions, head_dim] float32 of the model's rotary embedding, as `_rotated` takes them."""
+    parts: Any = model.model
+    positions = torch.arange(max_positions, device=model.device)[None]
+    cosines, sines = (part[0].float() for part in parts.rotary_emb(torch.zeros(1, device=model.device), positions))
+    # The first half of a head is rotated by minus what the second half is.
+    sines[:, : sines.shape[-1] // 2].neg_()
+    return cosines.contiguous(), sines.contiguous()
+
+
+def _rotated(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Of heads [R, heads, head_dim]; the others are [R, 1, head_dim] float32."""
+    turned = heads.roll(heads.shape[-1] // 2, dims=-1)
+    return (heads * cosines + turned * sines).to(heads.dtype)
+
+
+def _norm(rows: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return F.rms_norm(rows, (rows.shape[-1],), weight, epsilon)
