@@ -86,6 +86,18 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 40_960,
         "rope_theta": 1_000_000.0,
     },
+    # The shape of meta-llama/Llama-3.1-8B, but for embeddings that are shared: a step reads the same bytes.
+    "llama3-8b": {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128_256,
+        "max_position_embeddings": 131_072,
+        "rope_theta": 500_000.0,
+    },
 }
 
 SPECIAL_TOKENS = ("<|end|>", "<|start|>")

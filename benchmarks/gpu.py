@@ -1,0 +1,398 @@
+"""Whether the engine is right on a GPU, and how fast: in less than eight minutes, without a network.
+
+  right     small models with random weights, in float32 and bfloat16: what the engine says greedily is what the model
+            itself finds most likely but for rounding (and in float32 what `generate` says), and with the start-up check
+            passed, every answer has the same bits alone, in company, in chunks and preempted
+  floors    how fast this GPU reads memory and multiplies
+  decoding  seconds of a step, and the share of the time in which weights, keys and values can be read
+  prompts   tokens a second, and the share of the rate at which this GPU multiplies
+  beside    transformers' own continuous batching over the same weights, in turns: output tokens a second
+
+Without a GPU it says so and ends well. `--device cpu --shape tiny` goes through all of it where there is none: its
+figures mean nothing. A part for which no time is left is named and not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import msgspec
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+
+from benchmarks.floors import matrix_rate, read_bandwidth
+from benchmarks.report import print_report, table
+from benchmarks.shapes import SHAPES, empty_model, layer_matrix_parameters
+from benchmarks.steps import seconds_a_step
+from reprise.engine.block_pool import BlockPool
+from reprise.engine.core import EngineCore
+from reprise.engine.execution import Execution, choose_execution, cuda_paged
+from reprise.engine.repeatability import Repeatability
+from reprise.engine.sampler import Sampler
+from reprise.engine.scheduler import Scheduler
+from reprise.ipc.messages import Add, EngineConfig
+from reprise.types import SamplingParams
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+VOCAB_SIZE = 512
+_SMALL: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": _SMALL,
+    "qwen3": {**_SMALL, "head_dim": 64},
+    "mistral": {**_SMALL, "sliding_window": 48},
+    "gpt_neox": {name: size for name, size in _SMALL.items() if name != "num_key_value_heads"},
+    "mixtral": {**_SMALL, "num_local_experts": 4, "num_experts_per_tok": 2},
+}
+"""By model type: those that the decoder for CUDA runs, and two that stay with torch."""
+MAX_DEFICIT = {"float32": 1e-3, "bfloat16": 0.1}
+"""By how much of what a row's logits vary by chosen tokens may be behind the model's own, on average."""
+TARGETS = {"decode_share": 0.7, "prefill_share": 0.5, "ratio_to_transformers": 3.0}
+CONTEXT, PROMPT_TOKENS, NEW_TOKENS = 2048, 64, 64
+
+
+class OutOfTimeError(BaseException):
+    """The whole of it has taken longer than it may. No error that what is measured may get over."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[Callable[[], float]]:
+    """Yields what tells the seconds that are left. What still runs then ends with OutOfTimeError."""
+
+    def stop(*_: Any) -> None:
+        raise OutOfTimeError
+
+    end = time.monotonic() + seconds
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield lambda: end - time.monotonic()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def execute(model: PreTrainedModel, config: EngineConfig) -> Execution:
+    """What runs the model, on the CPU too through the decoder for CUDA where it has it."""
+    found = cuda_paged(model, config, CONTEXT, model.device)
+    if isinstance(found, Execution):
+        return found
+    print(f"  {found}")
+    return choose_execution(model, msgspec.structs.replace(config, kernels="torch"), CONTEXT, model.device)
+
+
+def make_core(execution: Execution, *, num_tokens: int | None = None, chunk: int | None = None) -> EngineCore:
+    """A core over the runner; with room for no more than `num_tokens`, or steps of `chunk` tokens."""
+    pool, limits = execution.pool, execution.limits
+    num_blocks = min(pool.num_blocks, -(-num_tokens // pool.block_size)) if num_tokens else pool.num_blocks
+    if chunk is not None:
+        limits = dataclasses.replace(limits, max_num_batched_tokens=chunk, max_num_seqs=min(chunk, limits.max_num_seqs))
+    scheduler = Scheduler(limits, BlockPool(num_blocks, pool.block_size))
+    return EngineCore(scheduler, execution.runner, Sampler(None, execution.selection))
+
+
+Request = tuple[list[int], SamplingParams]
+Answer = tuple[list[int], list[float]]
+
+
+def answers(core: EngineCore, requests: Sequence[Request]) -> list[Answer]:
+    """Tokens and their log-probabilities, all requests at once."""
+    found: dict[int, Answer] = {index: ([], []) for index in range(len(requests))}
+    for index, (prompt, sampling) in enumerate(requests):
+        core.add(Add(index, 0, prompt, sampling))
+    while core.has_work:
+        for output in core.step():
+            found[output.sequence_id][0].extend(output.token_ids)
+            found[output.sequence_id][1].extend(entry.logprob for entry in output.logprobs or [] if entry is not None)
+    return list(found.values())
+
+
+def random_ids(count: int, seed: int, vocab_size: int = VOCAB_SIZE) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, vocab_size, (count,), generator=generator).tolist()
+
+
+def small_model(name: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    torch.manual_seed(7)
+    config = AutoConfig.for_model(name, **MODELS[name])
+    model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="eager")  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.normal_(std=0.09)
+    made: PreTrainedModel = model.to(device, dtype).eval()
+    return made
+
+
+@torch.inference_mode()
+def deficit(model: Any, prompt: list[int], token_ids: list[int]) -> float:
+    """By how much of what logits vary by the chosen tokens are behind the most likely ones, on average."""
+    ids = torch.tensor([prompt + token_ids], device=model.device)
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+    chosen = logits.gather(-1, ids[0, len(prompt) :, None])[:, 0]
+    return float(((logits.amax(-1) - chosen) / logits.std(-1)).mean())
+
+
+def check_model(name: str, dtype: str, device: Literal["cpu", "cuda"], num_tokens: int) -> dict[str, Any]:
+    """Whether a small model's answers are its own, and the same in every circumstance."""
+    config = EngineConfig(
+        model=name, device=device, max_num_seqs=16, max_num_batched_tokens=1024, kv_cache_memory=1 << 26
+    )  # fmt: skip
+    execution = execute(small_model(name, DTYPES[dtype], device), config)
+    found: Repeatability = execution.check()
+    block = execution.pool.block_size
+    # Two end a block while they answer: with few blocks one of them has to give way.
+    prompts = [random_ids(length, index) for index, length in enumerate((1, 9, block - 3, block - 2, 2 * block - 5))]
+    greedy, sampled = (
+        SamplingParams(seed=5, temperature=temperature, max_tokens=num_tokens, num_logprobs=0)
+        for temperature in (0.0, 1.0)
+    )
+    requests: list[Request] = [(prompt, sampling) for sampling in (greedy, sampled) for prompt in prompts]
+    alone = [answers(make_core(execution), [request])[0] for request in requests]
+    longest = max(map(len, prompts)) + num_tokens
+    scarce = make_core(execution, num_tokens=longest + 2 * block)
+    ways = {
+        "in company": answers(make_core(execution), requests),
+        "in chunks": answers(make_core(execution, chunk=11), requests),
+        "preempted": answers(scarce, requests),
+    }
+    own: Any = small_model(name, DTYPES[dtype], device)
+    by_itself = [
+        own.generate(
+            torch.tensor([prompt], device=device), max_new_tokens=num_tokens, do_sample=False, eos_token_id=None
+        )[0, len(prompt) :].tolist()
+        for prompt in prompts
+    ]
+    said = [token_ids for token_ids, _ in alone[: len(prompts)]]
+    behind = sum(deficit(own, prompt, token_ids) for prompt, token_ids in zip(prompts, said, strict=True))
+    behind /= len(prompts)
+    same = sum(ours == theirs for ours, theirs in zip(said, by_itself, strict=True))
+    right = behind <= MAX_DEFICIT[dtype] and (dtype != "float32" or same == len(prompts))
+    differing = [how for how, found_there in ways.items() if found_there != alone]
+    return {
+        "model": name, "dtype": dtype, "kernels": execution.kernels, "right": right,
+        "deficit": behind, "same_as_generate": same, "prompts": len(prompts),
+        "repeats": found.passed, "reason": found.reason, "differing": differing,
+        "num_preemptions": scarce.stats().num_preemptions,
+        # Where the check passes, the promise is made, and must hold.
+        "passed": right and not (found.passed and differing),
+    }  # fmt: skip
+
+
+def large_model(shape: str, device: str) -> PreTrainedModel:
+    """Random weights in bfloat16, made on the device."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            model: Any = empty_model(shape)
+    finally:
+        torch.set_default_dtype(before)
+    made: PreTrainedModel = model.eval()
+    return made
+
+
+def prefill_seconds(core: EngineCore, num_tokens: int, repeats: int, vocab_size: int) -> float:
+    """The shortest time to the first token of a prompt that no cache knows."""
+    sampling = SamplingParams(seed=0, temperature=0.0, max_tokens=1)
+    best = float("inf")
+    for index in range(repeats + 1):
+        core.add(Add(1_000_000 + index, 0, random_ids(num_tokens, index, vocab_size), sampling))
+        started = time.perf_counter()
+        while core.has_work:
+            core.step()
+        if index:
+            best = min(best, time.perf_counter() - started)
+    return best
+
+
+def rate_of_engine(core: EngineCore, prompts: list[list[int]], new_tokens: int) -> float:
+    """Output tokens a second from the first request to the last token."""
+    sampling = SamplingParams(seed=0, temperature=0.0, max_tokens=new_tokens)
+    started = time.perf_counter()
+    found = answers(core, [(prompt, sampling) for prompt in prompts])
+    return sum(len(token_ids) for token_ids, _ in found) / (time.perf_counter() - started)
+
+
+def rate_of_transformers(model: Any, prompts: list[list[int]], new_tokens: int) -> float:
+    """The same of `generate_batch`, by its own clock: its start and its warm-up do not count."""
+    generation_config = GenerationConfig(  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+        max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
+    )
+    results = model.generate_batch(
+        prompts,
+        generation_config=generation_config,
+        # On a GPU as much as it likes of what is free; in a rehearsal no more than it needs.
+        continuous_batching_config=ContinuousBatchingConfig(
+            **({"max_memory_percent": 0.5} if model.device.type == "cuda" else {"num_blocks": 32})
+        ),
+        record_timestamps=True,
+    ).values()
+    if len(results) != len(prompts) or any(len(result.generated_tokens) != new_tokens for result in results):
+        raise RuntimeError("transformers' continuous batching did not finish")
+    seconds = max(result.timestamps[-1] for result in results) - min(result.created_time for result in results)
+    return float(len(prompts) * new_tokens / seconds)
+
+
+def measure(options: argparse.Namespace, left: Callable[[], float], result: dict[str, Any]) -> None:
+    """Fill in `result` part by part, so that what was found is shown when time runs out."""
+    device, shape = options.device, options.shape
+    skipped: list[str] = result["not_run"]
+
+    def has_time(part: str, needed: float) -> bool:
+        if left() >= needed:
+            return True
+        skipped.append(part)
+        return False
+
+    for name in MODELS:
+        for dtype in DTYPES:
+            if has_time(f"{name} in {dtype}", 15):
+                result["models"].append(check_model(name, dtype, device, options.check_tokens))
+                print(f"{name} in {dtype}: {'passed' if result['models'][-1]['passed'] else 'FAILED'}", flush=True)
+    if not has_time("speed", 90):
+        return
+    on_gpu = device == "cuda"
+    budget = 1.0 if on_gpu else 0.05
+    sizes = SHAPES[shape]
+    bandwidth = read_bandwidth((4 << 30) if on_gpu else (1 << 24), budget=budget, device=device)
+    operations = matrix_rate(
+        8192 if on_gpu else 64, 8192 if on_gpu else 64, torch.bfloat16, budget=budget, device=device
+    )
+    result["read_bytes_per_second"], result["operations_per_second"] = bandwidth, operations
+    model = large_model(shape, device)
+    config = EngineConfig(model=shape, device=device, max_num_seqs=max(options.sequences), max_num_batched_tokens=8192,
+                          kv_cache_memory=options.kv_cache_memory)  # fmt: skip
+    started = time.perf_counter()
+    execution = execute(model, config)
+    found = execution.check()
+    result |= {"kernels": execution.kernels, "repeats": found.passed, "reason": found.reason}
+    result["load_seconds"] = time.perf_counter() - started
+    print(f"{shape}: {execution.kernels}, loaded in {result['load_seconds']:.0f} s", flush=True)
+    core = make_core(execution)
+    read_bytes = 2 * (layer_matrix_parameters(shape) + sizes["vocab_size"] * sizes["hidden_size"])
+    first_id = 1
+    for count in options.sequences:
+        if not has_time(f"decoding {count}", 20):
+            continue
+        best = float("inf")
+        for _ in range(options.repeats):
+            best = min(best, seconds_a_step(core, first_id, count, PROMPT_TOKENS, NEW_TOKENS))
+            first_id += count
+        context = count * (PROMPT_TOKENS + NEW_TOKENS / 2) * execution.pool.bytes_per_token
+        result["decoding"].append({
+            "sequences": count, "step_ms": best * 1000, "tokens_per_second": count / best,
+            "share_of_floor": (read_bytes + context) / bandwidth / best,
+        })  # fmt: skip
+    tokens = options.prompt_tokens
+    if has_time("prompts", 20):
+        seconds = prefill_seconds(core, tokens, options.repeats, sizes["vocab_size"])
+        heads = sizes["num_attention_heads"] * sizes.get(
+            "head_dim", sizes["hidden_size"] // sizes["num_attention_heads"]
+        )
+        attention = 2 * sizes["num_hidden_layers"] * heads * tokens**2
+        result["prefill"] = {
+            "tokens": tokens, "ms": seconds * 1000, "tokens_per_second": tokens / seconds,
+            "share_of_rate": (2 * layer_matrix_parameters(shape) * tokens + attention) / seconds / operations,
+        }  # fmt: skip
+    for count in options.sequences:
+        if has_time(f"transformers' continuous batching of {count}", 60):
+            prompts = [random_ids(PROMPT_TOKENS, 100 + index, sizes["vocab_size"]) for index in range(count)]
+            result["beside"].append({"sequences": count, **beside_transformers(execution, model, prompts)})
+
+
+def beside_transformers(execution: Execution, model: PreTrainedModel, prompts: list[list[int]]) -> dict[str, float]:
+    """The best of two rounds each, and their ratio."""
+    model.set_attn_implementation("sdpa")
+    engine = transformers = 0.0
+    for _ in range(2):
+        # Each time with an empty prefix cache.
+        engine = max(engine, rate_of_engine(make_core(execution), prompts, NEW_TOKENS))
+        transformers = max(transformers, rate_of_transformers(model, prompts, NEW_TOKENS))
+    return {"engine": engine, "transformers": transformers, "ratio": engine / transformers}
+
+
+def rows_of(result: dict[str, Any]) -> list[list[str]]:
+    """What was measured, and the targets."""
+    rows = [["measured", "value", "share", "target"]]
+    for found in result["decoding"]:
+        target = f"{TARGETS['decode_share']:.2f}" if found["sequences"] == 1 else ""
+        value = f"{found['tokens_per_second']:.0f} tokens/s"
+        rows.append([f"decoding {found['sequences']}", value, f"{found['share_of_floor']:.2f}", target])
+    if result["prefill"]:
+        found = result["prefill"]
+        value, share = f"{found['tokens_per_second']:.0f} tokens/s", f"{found['share_of_rate']:.2f}"
+        rows.append([f"prompt of {found['tokens']}", value, share, f"{TARGETS['prefill_share']:.2f}"])
+    for found in result["beside"]:
+        value = f"{found['engine']:.0f} : {found['transformers']:.0f} tokens/s"
+        target = f"{TARGETS['ratio_to_transformers']:.1f}"
+        rows.append([f"beside transformers, {found['sequences']}", value, f"{found['ratio']:.1f}", target])
+    return rows
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is a rehearsal (default: cuda)")
+    parser.add_argument("--shape", choices=SHAPES, default="llama3-8b", help="of the speed part (default: llama3-8b)")
+    parser.add_argument("--deadline", type=float, default=460.0, help="seconds for all of it (default: 460)")
+    parser.add_argument("--sequences", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--prompt-tokens", type=int, default=2000, help="of the long prompt (default: 2000)")
+    parser.add_argument("--check-tokens", type=int, default=24, help="new tokens of the small models (default: 24)")
+    parser.add_argument("--kv-cache-memory", type=int, default=4 << 30, help="bytes (default: 4 GiB)")
+    parser.add_argument("--repeats", type=int, default=3)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("there is no GPU that torch sees: nothing was run (--device cpu --shape tiny rehearses)")
+        return 0
+    result: dict[str, Any] = {
+        "benchmark": "gpu",
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "shape": options.shape,
+        "models": [], "decoding": [], "prefill": None, "beside": [], "not_run": [],
+    }  # fmt: skip
+    started = time.monotonic()
+    try:
+        with time_limit(options.deadline) as left:
+            measure(options, left, result)
+    except OutOfTimeError:
+        result["not_run"].append("what was running when the time was over, and all after it")
+    gc.collect()
+    checks = [["model", "dtype", "kernels", "own answers", "same as generate", "repeats", "differing"]]
+    checks += [
+        [
+            found["model"], found["dtype"], found["kernels"], "yes" if found["right"] else "NO",
+            f"{found['same_as_generate']}/{found['prompts']}", "yes" if found["repeats"] else "no",
+            ", ".join(found["differing"]) or "none",
+        ]
+        for found in result["models"]
+    ]  # fmt: skip
+    result["passed"] = bool(result["models"]) and all(found["passed"] for found in result["models"])
+    result["seconds"] = time.monotonic() - started
+    print(table(checks))
+    for part in result["not_run"]:
+        print(f"not run: {part}")
+    print_report(rows_of(result), result)
+    return 0 if result["passed"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
