@@ -17,7 +17,7 @@ from reprise.engine.core import EngineCore
 from reprise.engine.cuda.attention import plain_attention
 from reprise.engine.cuda.decoder import CudaDecoder, FusedWeights, unsupported
 from reprise.engine.cuda.products import Products, row_buckets, tiled
-from reprise.engine.cuda.runner import CudaRunner
+from reprise.engine.cuda.runner import STEPS_NOT_BEGUN, CudaRunner
 from reprise.engine.gate import NativeGate, cuda_layers_gate
 from reprise.engine.scheduler import ScheduledSequence
 from reprise.engine.sequence import Sequence, SequenceStatus
@@ -161,6 +161,12 @@ class TestAnticipation:
         step = [ScheduledSequence(one, 9, 1)]
         assert torch.equal(runner.run(step), plain.run(step))
         assert runner.num_anticipated_rows == 0
+        # What nobody asked for cost a step: for a while none is begun.
+        for _ in range(STEPS_NOT_BEGUN):
+            runner.anticipate(step, torch.tensor([13]))
+            assert runner._anticipated is None
+        runner.anticipate(step, torch.tensor([13]))
+        assert runner._anticipated is not None
 
     def test_nothing_is_begun_without_a_place_or_for_the_last_token(self) -> None:
         runner = make_runner(tiny_models.build("llama"))

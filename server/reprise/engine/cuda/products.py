@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TILE = 128
+MAX_COMPARED = 1 << 28
 SMALLEST_BUCKETS = (16, 64, 128)
 """Of which the first that agrees is taken: with few rows reading the weights takes the time, not multiplying."""
 
@@ -66,7 +67,10 @@ def without_order(_: Iterable[Tensor], largest: int) -> Products:
 
 @torch.inference_mode()
 def choose_products(weights: Iterable[Tensor], largest: int) -> Products:
-    """Those with the smallest buckets that give every row its bits, for steps of up to `largest` rows."""
+    """Those with the smallest buckets that give every row its bits, for steps of up to `largest` rows.
+
+    Of a weight with many outer rows, buckets whose product would have more than MAX_COMPARED elements are not run.
+    """
     shapes = {weight.shape: weight for weight in weights}
     for smallest in SMALLEST_BUCKETS:
         products = Products(row_buckets(smallest, largest))
@@ -78,9 +82,10 @@ def choose_products(weights: Iterable[Tensor], largest: int) -> Products:
 def _agree(weight: Tensor, buckets: Sequence[int]) -> bool:
     """Whether all buckets give the last rows the bits that the largest gives them."""
     generator = torch.Generator(weight.device).manual_seed(3)
-    rows = torch.randn((buckets[-1], weight.shape[1]), generator=generator, device=weight.device, dtype=weight.dtype)
+    compared = [bucket for bucket in buckets if bucket * weight.shape[0] <= MAX_COMPARED] or buckets[:1]
+    rows = torch.randn((compared[-1], weight.shape[1]), generator=generator, device=weight.device, dtype=weight.dtype)
     expected = F.linear(rows, weight)
-    return all(torch.equal(F.linear(rows[-bucket:], weight), expected[-bucket:]) for bucket in buckets)
+    return all(torch.equal(F.linear(rows[-bucket:], weight), expected[-bucket:]) for bucket in compared)
 
 
 def keep_to_one_order() -> None:
