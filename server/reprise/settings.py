@@ -112,7 +112,7 @@ class Settings(BaseModel):
         "auto", "Model", "How the model is run; auto is paged where the check at load proves it equal."
     )
     kernels: Literal["auto", "native", "torch"] = _setting(
-        "auto", "Model", "What computes on a CPU; auto is the native decoder where it equals the model."
+        "auto", "Model", "What computes; auto is a decoder of our own, native on a CPU, where it equals the model."
     )
     speculate: Literal["none", "ngram"] = _setting(
         "none", "Model", "Guess tokens from what the text said before; answers stay the same."

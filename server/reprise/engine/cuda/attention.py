@@ -34,12 +34,13 @@ class PagedAttention(Protocol):
         *,
         scale: float,
         window: int | None,
-        one_row_each: bool,
+        max_queries: int,
     ) -> Tensor:
         """query: [R, heads, head_dim], keys and values: [blocks, block size, kv_heads, head_dim].
 
-        `window`: how many tokens a row sees, itself among them; None for all. `one_row_each`: each sequence has one
-        row. Returns [R, heads, head_dim]; what nobody's rows get is not defined.
+        `window`: how many tokens a row sees, itself among them; None for all. `max_queries`: rows of a
+        sequence at most; with 1 each has one, and there are no others. Returns [R, heads, head_dim]; what nobody's rows
+        get is not defined.
         """
 
 
@@ -60,16 +61,16 @@ class VarlenAttention:
         *,
         scale: float,
         window: int | None,
-        one_row_each: bool,
+        max_queries: int,
     ) -> Tensor:
-        sees_all = one_row_each and window is None
+        sees_all = max_queries == 1 and window is None
         attended = varlen_attn(
             query,
             keys,
             values,
             tables.query_starts,
             tables.key_starts,
-            1 if one_row_each else query.shape[0],
+            max_queries,
             self._max_keys,
             scale=scale,
             # The last token sees everything in any case; said so, the heads of a group share one read of the keys.
@@ -91,7 +92,7 @@ def plain_attention(
     *,
     scale: float,
     window: int | None,
-    one_row_each: bool,  # noqa: ARG001 # of the interface
+    max_queries: int,  # noqa: ARG001 # of the interface
 ) -> Tensor:
     """Implements PagedAttention on any device, in float32. Asks the host for each sequence's place."""
     num_heads, num_kv_heads, head_dim = query.shape[1], keys.shape[2], query.shape[2]

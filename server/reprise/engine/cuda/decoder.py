@@ -115,11 +115,12 @@ class CudaDecoder:
         self._pages = torch.zeros(pages, dtype=model.dtype, device=model.device)
 
     @torch.inference_mode()
-    def forward(self, tables: StepTables, *, one_row_each: bool) -> Tensor:
-        """Logits [L, vocab] in the model's number format, or with `one_row_each` [R, vocab] of all rows.
+    def forward(self, tables: StepTables, *, max_queries: int) -> Tensor:
+        """Logits [L, vocab] in the model's number format, or with `max_queries` 1 of all rows [R, vocab].
 
-        What the tables name is not checked: token ids are below `num_embeddings`, positions below `max_positions`. Row
-        counts are the products' buckets.
+        `max_queries`: rows of a sequence at most; with 1 each has one, and there are no others. What the tables name is
+        not checked: token ids are below `num_embeddings`, positions below `max_positions`. Row counts are the products'
+        buckets.
         """
         weights, products, epsilon = self._weights, self.products, self._epsilon
         hidden = F.embedding(tables.token_ids, weights.embedding)
@@ -146,12 +147,12 @@ class CudaDecoder:
                 tables,
                 scale=self._scale,
                 window=layer.window,
-                one_row_each=one_row_each,
+                max_queries=max_queries,
             )
             hidden = hidden + products(attended.reshape(num_rows, -1), layer.output)
             gate, up = products(_norm(hidden, layer.post_norm, epsilon), layer.gate_up).chunk(2, dim=-1)
             hidden = hidden + products(self._silu(gate) * up, layer.down)
-        if not one_row_each:
+        if max_queries > 1:
             hidden = hidden.index_select(0, tables.logit_rows)
         return products(_norm(hidden, weights.final_norm, epsilon), weights.head)
 

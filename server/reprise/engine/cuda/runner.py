@@ -62,7 +62,7 @@ class DecodeGraph:
         return self._logits
 
     def _forward(self) -> Tensor:
-        return self._decoder.forward(self.tables, one_row_each=True)
+        return self._decoder.forward(self.tables, max_queries=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +169,9 @@ class CudaRunner:
             max(-(-entry.end // self._decoder.block_size) for entry in entries),
         )
         tables = StepTables.over(self._written(shape, entries).to(self._device, non_blocking=True), shape)
-        return self._decoder.forward(tables, one_row_each=False)[:num_logit_rows]
+        most = max(len(entry.token_ids) for entry in entries)
+        # There are rows that fill up: more than one for each sequence.
+        return self._decoder.forward(tables, max_queries=max(2, most))[:num_logit_rows]
 
     def _decode(self, entries: list[Entry], token_ids: Tensor | None = None) -> Tensor:
         """Logits [len(entries), vocab] of entries of one row; `token_ids` [len(entries)] in place of theirs."""
