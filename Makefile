@@ -34,11 +34,11 @@ format: $(VENV)/.installed-lint ## Format the code
 	@$(VENV)/bin/ruff check --fix
 	@$(VENV)/bin/ruff format
 
-bench: $(VENV)/.installed-test ## Measure this machine, the server alone, and the server beside its peers (an hour)
-	@$(python) -m benchmarks.floors
-	@$(python) -m benchmarks.use_cache
-	@$(python) -m benchmarks.load
-	@$(python) -m benchmarks.peers $(ARGS)
+bench: $(VENV)/.installed-test ## Measure this machine, the server alone, and the server beside its peers (two hours)
+	@for name in floors use_cache load steps quantization scaling overhead startup gpu; do \
+		echo "benchmarks.$$name" && $(python) -m benchmarks.$$name || exit; \
+	done
+	@$(python) -m benchmarks.peers --plot docs/peers.svg $(ARGS)
 
 peers: $(VENV)/.installed-test ## Compare with other servers, built if need be (ARGS: --quick, --peers DIRECTORY)
 	@$(python) -m benchmarks.peers $(ARGS)
