@@ -16,13 +16,17 @@ COMMON = {"reprise", "types", "errors"}
 ALLOWED = {
     "types": set(),
     "errors": set(),
+    "alignment": set(),
     "ipc": {"types"},
     "protocol": {"types", "errors"},
     "text": {"types", "errors"},
     "generation": {"text", "ipc", "types", "errors"},
-    "engine": {"ipc", "types", "errors"},
+    "engine": {"ipc", "types", "errors", "alignment"},
     "replay": {"generation", "ipc", "types", "errors", "printable", "reprise"},
-    "api": {"protocol", "generation", "text", "ipc", "types", "errors", "settings", "config", "replay", "reprise"},
+    "api": {
+        *("protocol", "generation", "text", "ipc", "types", "errors", "alignment"),
+        *("settings", "config", "replay", "reprise"),
+    },
 }
 ENTRY_POINTS = {("generation/engine_entry.py", "engine")}
 """The one function that a forked engine process begins with."""

@@ -53,6 +53,8 @@ def run(settings: Settings, *, chat_template: str | None = None, engine_entry: E
             with LoadingDisplay() as display:
                 display.show_stage("tokenizer")
                 tokenizer = load_tokenizer(settings.model_path, settings.revision, chat_template)
+                if settings.draft_model_path is not None:
+                    check_draft_model(settings.draft_model_path, tokenizer)
                 return uvloop.run(_serve(settings, listeners, tokenizer, display, engine_entry))
         except ModelLoadError as error:
             logger.error("cannot serve %s: %s", settings.model, error)
@@ -74,6 +76,26 @@ def load_tokenizer(model: str, revision: str | None, chat_template: str | None) 
     if from_hub:
         find_on_hub(model, revision, unreachable=unreachable)
     return Tokenizer.load(model, revision=revision, chat_template=chat_template)
+
+
+def check_draft_model(model: str, tokenizer: Tokenizer) -> None:
+    """Raises ModelLoadError where a draft model has other tokens than the model: it would guess something else."""
+    try:
+        if comes_from_hub(model):
+            find_on_hub(model, None, unreachable=go_offline_if_unreachable(os.environ))
+        of_draft = Tokenizer.load(model).vocabulary
+    except ModelLoadError as error:
+        raise ModelLoadError(f"--draft-model: {error}") from None
+    served = tokenizer.vocabulary
+    if of_draft.size != served.size:
+        difference = f"it has {of_draft.size} tokens and the model {served.size}"
+    else:
+        differing = (i for i in range(served.size) if of_draft.data(i) != served.data(i))
+        index = next(differing, None)
+        if index is None:
+            return
+        difference = f"token {index} is another one"
+    raise ModelLoadError(f"--draft-model: {model!r} cannot guess for this model, whose tokens are others: {difference}")
 
 
 async def _serve(

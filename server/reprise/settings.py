@@ -114,8 +114,13 @@ class Settings(BaseModel):
     kernels: Literal["auto", "native", "torch"] = _setting(
         "auto", "Model", "What computes; auto is a decoder of our own, native on a CPU, where it equals the model."
     )
-    speculate: Literal["none", "ngram"] = _setting(
-        "none", "Model", "Guess tokens from what the text said before; answers stay the same."
+    speculate: Literal["none", "ngram", "draft"] = _setting(
+        "none",
+        "Model",
+        "Guess tokens from what the text said before, or by a draft model; answers stay the same.",
+    )
+    draft_model: OptionalText = _setting(
+        None, "Model", "Directory or Hugging Face id of a smaller model with the same tokens, for speculate: draft."
     )
     quantize: Literal["none", "int8", "int4"] = _setting(
         "none", "Model", "Round weights to so many bits at load; needs the native decoder."
@@ -236,14 +241,23 @@ class Settings(BaseModel):
                     "max_num_seqs": self.max_num_seqs,
                 },
             )
+        if self.speculate == "draft" and self.draft_model is None:
+            raise PydanticCustomError(
+                "conflict", "draft takes a draft model: name one with --draft-model", {"field": "speculate"}
+            )
         return self
 
     @property
     def model_path(self) -> str:
         """The model as loaders take it: a directory or a Hugging Face id."""
-        if self.model == BUNDLED_MODEL:
-            return str(resources.files("reprise") / BUNDLED_MODEL)
-        return self.model
+        return _path_of(self.model)
+
+    @property
+    def draft_model_path(self) -> str | None:
+        """As `model_path`; None where no draft model is used."""
+        if self.speculate != "draft" or self.draft_model is None:
+            return None
+        return _path_of(self.draft_model)
 
     @property
     def model_names(self) -> list[str]:
@@ -251,10 +265,12 @@ class Settings(BaseModel):
         return self.served_model_name or [self.model]
 
     def engine_config(self) -> EngineConfig:
-        return EngineConfig(
-            model=self.model_path,
-            **{name: getattr(self, name) for name in EngineConfig.__struct_fields__ if name != "model"},
-        )
+        values = {name: getattr(self, name) for name in EngineConfig.__struct_fields__}
+        return EngineConfig(**values | {"model": self.model_path, "draft_model": self.draft_model_path})
+
+
+def _path_of(model: str) -> str:
+    return str(resources.files("reprise") / BUNDLED_MODEL) if model == BUNDLED_MODEL else model
 
 
 class Notice(NamedTuple):
@@ -270,24 +286,31 @@ def startup_notices(settings: Settings, *, in_container: bool) -> list[Notice]:
     In a container all addresses are the right ones to listen on: who can reach them is decided where its port is
     published, which cannot be seen from inside.
     """
+    notices = []
+    if settings.draft_model is not None and settings.draft_model_path is None:
+        notices.append(
+            Notice(logging.WARNING, "draft_model is without effect: it takes speculate: draft, --speculate draft")
+        )
     if not _is_wildcard(settings.host) or settings.api_key:
-        return []
+        return notices
     if in_container:
         return [
+            *notices,
             Notice(
                 logging.INFO,
                 f"no API key is set: whoever reaches port {settings.port} of this container, where it is published,"
                 f" can use this server. Publish it as 127.0.0.1:{settings.port}:{settings.port}, or set"
                 " REPRISE_API_KEY.",
-            )
+            ),
         ]
     return [
+        *notices,
         Notice(
             logging.WARNING,
             f"listening on all addresses ({settings.host}) without an API key: whoever reaches port"
             f" {settings.port} can use this server. Set REPRISE_API_KEY or --api-key-file,"
             " or --host 127.0.0.1.",
-        )
+        ),
     ]
 
 

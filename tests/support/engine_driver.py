@@ -71,11 +71,12 @@ def run(
     *,
     first_id: int = 1,
     max_steps: int = 3000,
+    prediction: list[int] | None = None,
 ) -> list[Result]:
-    """Each request as one sequence, all at once, until all have ended."""
+    """Each request as one sequence, all at once, until all have ended. `prediction`: of each of their outputs."""
     results = {first_id + i: Result() for i in range(len(requests))}
     for sequence_id, (prompt, sampling) in zip(results, requests, strict=True):
-        core.add(Add(sequence_id, 0, prompt, sampling))
+        core.add(Add(sequence_id, 0, prompt, sampling, prediction_token_ids=prediction or []))
     drain(core, results, max_steps)
     return list(results.values())
 

@@ -61,6 +61,7 @@ class EngineCore:
             prompt_token_ids=message.prompt_token_ids,
             sampling=message.sampling,
             output_token_ids=message.output_token_ids,
+            prediction_token_ids=message.prediction_token_ids,
         )
         self._sequences[sequence.sequence_id] = sequence
         self._scheduler.add(sequence)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -152,7 +153,7 @@ def native_paged(
     """Raises NativeMismatchError where the weights are lost for nothing."""
     block_size = -(-config.block_size // BLOCK) * BLOCK
     pool = size_pool(config, paged_bytes_per_token(gate.shapes), max_model_len, device, block_size)
-    context = NativeContext(torch.get_num_threads())
+    context = native_context(torch.get_num_threads())
     decoder = NativeDecoder(
         model,
         gate.windows,
@@ -319,7 +320,13 @@ def padded(
 def choose_selection(config: EngineConfig, device: torch.device) -> Selection:
     if config.kernels == "torch" or device.type != "cpu" or not built_variants():
         return TorchSelection()
-    return NativeSelection(NativeContext(torch.get_num_threads()))
+    return NativeSelection(native_context(torch.get_num_threads()))
+
+
+@lru_cache(maxsize=1)
+def native_context(num_threads: int) -> NativeContext:
+    """Shared by the model and its draft model: threads of two contexts would be in each other's way."""
+    return NativeContext(num_threads)
 
 
 def choose_padding(model: PreTrainedModel) -> bool:
@@ -376,7 +383,6 @@ def padded_bytes_per_token(model: PreTrainedModel) -> int:
 
 def paged_limits(config: EngineConfig) -> SchedulingLimits:
     budget = max(config.max_num_batched_tokens, config.max_num_seqs)
-    max_draft_rows = MAX_DRAFT_ROWS if config.speculate == "ngram" else 0
     return SchedulingLimits(
-        config.max_num_seqs, budget, prefix_cache=config.prefix_cache, max_draft_rows=max_draft_rows
+        config.max_num_seqs, budget, prefix_cache=config.prefix_cache, max_draft_rows=MAX_DRAFT_ROWS
     )

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from reprise.engine.execution import NativeMismatchError, checked, choose_execution
+from reprise.engine.execution import MAX_DRAFT_ROWS, NativeMismatchError, checked, choose_execution
 from reprise.engine.load_progress import loading_weights
 from reprise.engine.mapped_model import map_model
+from reprise.engine.memory import kv_budget
 from reprise.engine.model_runner import ModelRunner
 from reprise.engine.scheduler import SchedulingLimits
 from reprise.engine.selection import Selection
@@ -28,6 +29,8 @@ from reprise.ipc.messages import EngineConfig, Ready
 
 DEFAULT_MAX_MODEL_LEN = 4096
 """For models that have no longest position, as state-space models."""
+DRAFT_KV_SHARE = 0.25
+"""Of the memory for keys and values, what a draft model takes at most."""
 Progress = Callable[[str, float], None]
 _NO_MODEL = ("_name_or_path", "dtype", "transformers_version")
 """Members of a configuration that tell how it was saved; the number format is a fact of its own."""
@@ -45,6 +48,12 @@ class LoadedModel:
     num_blocks: int
     block_size: int
     ready: Ready
+    num_token_ids: int
+    """Ids below this can be computed and chosen."""
+    looks_up: bool = False
+    """Whether guesses come from what was said before."""
+    draft: LoadedModel | None = None
+    """Whose guesses they are."""
 
 
 def load(config: EngineConfig, progress: Progress) -> LoadedModel:
@@ -63,10 +72,17 @@ def load(config: EngineConfig, progress: Progress) -> LoadedModel:
     fingerprint = verify_weights(model, lambda share: progress("checking weights", 0.4 + 0.4 * share))
     max_model_len = choose_max_model_len(config, model_config)
     freeze_rope(model, max_model_len)
+    draft = load_draft(config, max_model_len, device, progress)
+    draft_memory = 0 if draft is None else draft.ready.kv_cache_memory
+    beside_draft = config
+    if draft_memory:
+        memory = config.kv_cache_memory or kv_budget(device, config.gpu_memory_utilization)
+        beside_draft = msgspec.structs.replace(config, kv_cache_memory=memory - draft_memory)
     progress("running the equivalence gate", 0.85)
     num_parameters, vocab_size = sum(p.numel() for p in model.parameters()), output_size(model)
+    num_token_ids = min(vocab_size, input_size(model))
     try:
-        execution = choose_execution(model, config, max_model_len, device)
+        execution = choose_execution(model, beside_draft, max_model_len, device)
     except NativeMismatchError as error:
         if config.kernels == "native":
             raise ModelLoadError(f"--kernels native was asked for, but {error}") from None
@@ -76,9 +92,11 @@ def load(config: EngineConfig, progress: Progress) -> LoadedModel:
     progress("checking that answers repeat", 0.95)
     repeatability = checked(config, execution)
     limits = execution.limits
-    if limits.max_draft_rows and not repeatability.passed:
-        logger.warning("--speculate %s is without effect: answers would depend on it here", config.speculate)
+    if not repeatability.passed:
         limits = dataclasses.replace(limits, max_draft_rows=0)
+    if config.speculate != "none" and not limits.max_draft_rows:
+        logger.warning("--speculate %s is without effect: answers would depend on it here", config.speculate)
+        draft = None
     ready = Ready(
         tier=execution.tier,
         tier_reason=execution.reason,
@@ -91,7 +109,7 @@ def load(config: EngineConfig, progress: Progress) -> LoadedModel:
         vocab_size=vocab_size,
         max_model_len=max_model_len,
         num_kv_tokens=pool.num_tokens,
-        kv_cache_memory=pool.num_tokens * pool.bytes_per_token,
+        kv_cache_memory=pool.num_tokens * pool.bytes_per_token + draft_memory,
         max_sequence_tokens=min(max_model_len, pool.num_tokens),
         max_num_seqs=config.max_num_seqs,
         weights_fingerprint=fingerprint,
@@ -101,7 +119,43 @@ def load(config: EngineConfig, progress: Progress) -> LoadedModel:
         deterministic_reason=repeatability.reason,
         numerics_fingerprint=repeatability.fingerprint,
     )
-    return LoadedModel(execution.runner, execution.selection, limits, pool.num_blocks, pool.block_size, ready)
+    return LoadedModel(
+        *(execution.runner, execution.selection, limits, pool.num_blocks, pool.block_size, ready, num_token_ids),
+        looks_up=config.speculate == "ngram",
+        draft=draft,
+    )
+
+
+def load_draft(
+    config: EngineConfig, max_model_len: int, device: torch.device, progress: Progress
+) -> LoadedModel | None:
+    """The draft model, where one is asked for; it has keys and values for as many sequences as have drafts at once.
+
+    Raises ModelLoadError naming the setting.
+    """
+    if config.speculate != "draft" or config.draft_model is None or config.deterministic is False:
+        return None
+    memory = config.kv_cache_memory or kv_budget(device, config.gpu_memory_utilization)
+    of_draft = msgspec.structs.replace(
+        config,
+        model=config.draft_model,
+        revision=None,
+        tier="paged",
+        quantize="none",
+        max_num_seqs=MAX_DRAFT_ROWS // 2,
+        kv_cache_memory=int(memory * DRAFT_KV_SHARE),
+        prefix_cache=False,
+        speculate="none",
+        draft_model=None,
+        deterministic=None,
+    )
+    try:
+        model_config = load_config(of_draft)
+        longest = choose_max_model_len(msgspec.structs.replace(of_draft, max_model_len=None), model_config)
+        of_draft = msgspec.structs.replace(of_draft, max_model_len=min(longest, max_model_len))
+        return load(of_draft, lambda _, share: progress("loading the draft model", share))
+    except ModelLoadError as error:
+        raise ModelLoadError(f"--draft-model: {error}") from None
 
 
 def choose_device(device: str) -> torch.device:
@@ -228,6 +282,12 @@ def freeze_rope(model: nn.Module, max_model_len: int) -> None:
                 setattr(module, "rope_type", "frozen")  # noqa: B010 # of a class that we do not know
             else:
                 kinds[layer_type] = "frozen"
+
+
+def input_size(model: PreTrainedModel) -> int:
+    """Token ids that the model has embeddings for."""
+    embeddings: Any = model.get_input_embeddings()
+    return int(embeddings.weight.shape[0])
 
 
 def output_size(model: PreTrainedModel) -> int:

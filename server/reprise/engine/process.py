@@ -15,7 +15,11 @@ import transformers
 
 from reprise.engine.block_pool import BlockPool
 from reprise.engine.core import EngineCore
+from reprise.engine.draft_model import DraftModel
+from reprise.engine.drafter import Drafter, Guesser
 from reprise.engine.loader import LoadedModel, load
+from reprise.engine.prediction import Prediction
+from reprise.engine.prompt_lookup import PromptLookup
 from reprise.engine.pulse import Pulse
 from reprise.engine.sampler import Sampler
 from reprise.engine.scheduler import Scheduler
@@ -75,7 +79,29 @@ def run_engine(sock: socket.socket) -> None:
 def build_core(loaded: LoadedModel, token_bytes: list[bytes] | None) -> EngineCore:
     """The engine core over a loaded model."""
     pool = BlockPool(loaded.num_blocks, loaded.block_size)
-    return EngineCore(Scheduler(loaded.limits, pool), loaded.runner, Sampler(token_bytes, loaded.selection))
+    scheduler = Scheduler(loaded.limits, pool, build_drafter(loaded))
+    return EngineCore(scheduler, loaded.runner, Sampler(token_bytes, loaded.selection))
+
+
+def build_drafter(loaded: LoadedModel) -> Drafter:
+    """Guesses from the prediction of a request first, then as the settings say."""
+    guessers: list[Guesser] = [Prediction()]
+    if loaded.looks_up:
+        guessers.append(PromptLookup())
+    draft = loaded.draft
+    if draft is not None:
+        guessers.append(
+            DraftModel(
+                draft.runner,
+                BlockPool(draft.num_blocks, draft.block_size),
+                Sampler(None, loaded.selection),
+                num_token_ids=draft.num_token_ids,
+                max_tokens=draft.ready.max_sequence_tokens,
+                catch_up_tokens=draft.limits.max_num_batched_tokens,
+                cost=draft.ready.num_parameters / loaded.ready.num_parameters,
+            )
+        )
+    return Drafter(guessers, loaded.num_token_ids)
 
 
 def _load(message: ToEngine, connection: BlockingConnection[ToEngine]) -> EngineCore | None:

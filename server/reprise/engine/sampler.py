@@ -147,6 +147,13 @@ class Sampler:
                 sampled.append(Sampled(token_id, of_row))
         return sampled
 
+    @torch.inference_mode()
+    def choose(self, sequences: list[Sequence], logits: Tensor, ahead: list[int]) -> list[int]:
+        """The token ids that `sample` would give, and nothing else. Rows without numbers give any id."""
+        scores = self.processed(sequences, logits.float())
+        ids: list[int] = self._draw(sequences, scores, self._selection.highest(scores).token_ids, ahead).tolist()
+        return ids
+
     def processed(self, sequences: list[Sequence], raw: Tensor) -> Tensor:
         """The scores that the draw is made from [B, vocab] float32, in the order that SamplingParams states."""
         scores = self._constrained(sequences, raw)

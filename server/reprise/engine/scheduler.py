@@ -22,7 +22,7 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass
 
 from reprise.engine.block_pool import BlockPool
-from reprise.engine.prompt_lookup import PromptLookup
+from reprise.engine.drafter import Drafter
 from reprise.engine.sequence import Sequence, SequenceStatus
 from reprise.engine.step_limit import MIN_CHUNK, StepLimit
 
@@ -110,15 +110,15 @@ class _Plan:
 
 
 class Scheduler:
-    """Sequences waiting and running over one block pool."""
+    """Sequences waiting and running over one block pool. `drafter`: whom to ask for drafts; None for none."""
 
-    def __init__(self, limits: SchedulingLimits, pool: BlockPool) -> None:
+    def __init__(self, limits: SchedulingLimits, pool: BlockPool, drafter: Drafter | None = None) -> None:
         self._limits = limits
         self._pool = pool
+        self._drafter = drafter
         self._waiting: OrderedDict[int, Sequence] = OrderedDict()
         self._preempted: list[Sequence] = []
         self._running: list[Sequence] = []
-        self._lookups: dict[int, PromptLookup] = {}
         self._next_turn = 0
         self.step_limit = StepLimit(limits.max_num_seqs, limits.max_num_batched_tokens)
         self.num_preemptions = 0
@@ -164,8 +164,8 @@ class Scheduler:
                     break
             else:
                 break
-        if self._limits.max_draft_rows:
-            self._add_drafts(plan)
+        if self._drafter is not None and self._limits.max_draft_rows:
+            self._add_drafts(plan, self._drafter)
         return plan.batch
 
     def advance(self, scheduled: ScheduledSequence) -> None:
@@ -182,9 +182,8 @@ class Scheduler:
         sequence = scheduled.sequence
         sequence.num_computed_tokens += num_kept
         sequence.num_kept_drafts = num_kept
-        lookup = self._lookups.get(sequence.sequence_id)
-        if lookup is not None and scheduled.draft_token_ids:
-            lookup.note(len(scheduled.draft_token_ids), num_kept)
+        if self._drafter is not None and scheduled.draft_token_ids:
+            self._drafter.note(sequence, len(scheduled.draft_token_ids), num_kept)
 
     def restart(self, sequence: Sequence) -> None:
         """A running sequence begins its pass anew: what it shares with a failed one is not to be trusted."""
@@ -214,7 +213,8 @@ class Scheduler:
         """End a sequence, whatever its status. False where it had ended before."""
         if sequence.status is SequenceStatus.FINISHED:
             return False
-        self._lookups.pop(sequence.sequence_id, None)
+        if self._drafter is not None:
+            self._drafter.forget(sequence)
         if sequence.status is SequenceStatus.RUNNING:
             self._running.remove(sequence)
             self._release(sequence)
@@ -333,29 +333,31 @@ class Scheduler:
             for index in range(first // self._pool.block_size, scheduled.end // self._pool.block_size):
                 self._pool.register(sequence.block_ids[index], sequence.digest(index, self._pool.block_size))
 
-    def _add_drafts(self, plan: _Plan) -> None:
+    def _add_drafts(self, plan: _Plan, drafter: Drafter) -> None:
         """Fill up a step of single tokens with what its sequences may say next, in equal shares."""
         batch = plan.batch
         room = min(self._limits.max_draft_rows - len(batch), plan.budget)
         share = room // len(batch) if batch else 0
         if share <= 0 or any(scheduled.num_tokens > 1 for scheduled in batch):
             return
+        drafts = drafter.propose(
+            {
+                # The token behind the draft is the last that may come.
+                s.sequence: min(share, s.sequence.sampling.max_tokens - s.sequence.num_output_tokens - 1)
+                for s in batch
+                if s.completes_pass and s.sequence.takes_drafts
+            }
+        )
         for scheduled in batch:
-            sequence = scheduled.sequence
-            if not scheduled.completes_pass or not sequence.takes_drafts:
-                continue
-            lookup = self._lookups.get(sequence.sequence_id)
-            if lookup is None:
-                lookup = self._lookups[sequence.sequence_id] = PromptLookup(sequence)
-            # The token behind the draft is the last that may come.
-            left = sequence.sampling.max_tokens - sequence.num_output_tokens - 1
-            draft = lookup.propose(min(share, left))
-            if draft and self._grow(sequence, scheduled.end + len(draft)):
+            draft = drafts.get(scheduled.sequence, ())
+            if draft and self._grow(scheduled.sequence, scheduled.end + len(draft)):
                 plan.add(dataclasses.replace(scheduled, draft_token_ids=draft))
 
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
         self._release(sequence)
+        if self._drafter is not None:
+            self._drafter.forget(sequence)
         sequence.num_computed_tokens = sequence.num_kept_drafts = 0
         sequence.status = SequenceStatus.WAITING
         bisect.insort(self._preempted, sequence, key=lambda s: s.arrival)

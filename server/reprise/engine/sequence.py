@@ -31,6 +31,7 @@ class Sequence:
         prompt_token_ids: list[int],
         sampling: SamplingParams,
         output_token_ids: list[int] | None = None,
+        prediction_token_ids: list[int] | None = None,
         arrival: int = 0,
     ) -> None:
         self.sequence_id = sequence_id
@@ -38,6 +39,8 @@ class Sequence:
         self.sampling = sampling
         self.num_prompt_tokens = len(prompt_token_ids)
         self.token_ids = [*prompt_token_ids, *(output_token_ids or [])]
+        self.prediction_token_ids = prediction_token_ids or []
+        """What its output may be, for guesses alone."""
         self.arrival = arrival
         self.turn = arrival
         self.status = SequenceStatus.WAITING

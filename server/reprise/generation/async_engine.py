@@ -69,6 +69,7 @@ class _Choice:
             request.prompt_token_ids,
             request.sampling,
             self.processor.output_token_ids,
+            request.prediction_token_ids,
         )
 
 

@@ -38,8 +38,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes of the KV pool; None chooses from the memory at hand."""
     gpu_memory_utilization: float = 0.9
     prefix_cache: bool = True
-    speculate: Literal["none", "ngram"] = "none"
-    """Where guesses of what comes next are from."""
+    speculate: Literal["none", "ngram", "draft"] = "none"
+    """Where guesses of what comes next are from, beside the prediction of a request."""
+    draft_model: str | None = None
+    """Directory or hub id of the model that guesses."""
     num_threads: int | None = None
     deterministic: bool | None = None
     """Whether bits may not depend on company; None: where it is cheap, that is on the paged tier."""
@@ -63,6 +65,8 @@ class Add(msgspec.Struct, frozen=True, tag="add"):
     prompt_token_ids: list[int]
     sampling: SamplingParams
     output_token_ids: list[int] = []
+    prediction_token_ids: list[int] = []
+    """What the output may be, for guesses that change nothing."""
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -109,7 +113,7 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     num_kv_tokens: int
     """Tokens that the KV pool holds in all."""
     kv_cache_memory: int
-    """Bytes of the pool: what the next life of the engine is given, so that what ran in this one fits."""
+    """Bytes of the pool and of a draft model's: what the next life is given, so that what ran in this one fits."""
     max_sequence_tokens: int
     """Tokens that one sequence can have, prompt and output: the smaller of context and pool."""
     max_num_seqs: int
