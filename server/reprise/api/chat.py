@@ -15,7 +15,7 @@ from reprise.api.sampling import (
     resolve_sampling,
     resolve_stop,
 )
-from reprise.errors import InvalidRequestError
+from reprise.errors import ContextLengthError, InvalidRequestError
 from reprise.protocol.messages import Message
 from reprise.protocol.parameters import ChatTemplateParameters
 from reprise.protocol.requests import ChatCompletionRequest
@@ -124,6 +124,30 @@ def num_bytes(messages: list[Message]) -> int:
     return sum(len(text.encode()) for text in texts)
 
 
+def encode_prediction(request: ChatCompletionRequest, served: Served) -> list[int]:
+    """Token ids of what a request expects its answer to be; empty where it says nothing of it.
+
+    Raises ContextLengthError where no answer could be as long.
+    """
+    if request.prediction is None:
+        return []
+    content = request.prediction.content
+    text = content if isinstance(content, str) else "".join(part.text for part in content)
+    limit, longest = served.max_sequence_tokens, served.longest_token
+    num_tokens = -(-len(text.encode(errors="surrogatepass")) // longest) if longest else 0
+    token_ids: list[int] = []
+    if num_tokens <= limit:
+        token_ids = served.tokenizer.encode(text, add_special_tokens=False)
+        num_tokens = len(token_ids)
+    if num_tokens > limit:
+        raise ContextLengthError(
+            f"Invalid 'prediction.content': it has {num_tokens} tokens or more, and no answer is longer than this"
+            f" model's context of {limit}. Shorten the prediction.",
+            param="prediction.content",
+        )
+    return token_ids
+
+
 def _arguments(written: str) -> object:
     """The object that a call's arguments are; what a model wrote may be no JSON, and stays as it is."""
     try:
@@ -154,5 +178,6 @@ def to_generation(
             num_choices=request.n or 1,
             stop=resolve_stop(request),
             skip_special_tokens=request.skip_special_tokens is not False,
+            prediction_token_ids=encode_prediction(request, served),
         )
     ]

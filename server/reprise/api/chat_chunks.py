@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from msgspec import UNSET
 
 from reprise.api.chunks import ResponseChunks
@@ -26,8 +28,17 @@ from reprise.types import ChoiceDelta, LogprobEntry, LogprobToken
 class ChatChunks(ResponseChunks[ChatChunkChoice, ChatCompletionChunk]):
     """A choice's role comes first, its finish reason last."""
 
-    def __init__(self, head: ResponseHead, request: ChatCompletionRequest, *, include_usage: bool) -> None:
-        super().__init__(head, ChatCompletionChunk, include_usage=include_usage)
+    def __init__(
+        self,
+        head: ResponseHead,
+        request: ChatCompletionRequest,
+        *,
+        include_usage: bool,
+        prediction_token_ids: Sequence[int] = (),
+    ) -> None:
+        super().__init__(
+            head, ChatCompletionChunk, include_usage=include_usage, prediction_token_ids=prediction_token_ids
+        )
         self._logprobs = bool(request.logprobs)
         self._token_ids = bool(request.return_token_ids)
 

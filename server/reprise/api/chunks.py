@@ -40,12 +40,19 @@ class ResponseChunks(ABC, Generic[Choice, Chunk]):
     However the deltas were merged, the chunks up to a position have the same texts, tokens and log-probabilities.
     """
 
-    def __init__(self, head: ResponseHead, make_chunk: Callable[..., Chunk], *, include_usage: bool) -> None:
+    def __init__(
+        self,
+        head: ResponseHead,
+        make_chunk: Callable[..., Chunk],
+        *,
+        include_usage: bool,
+        prediction_token_ids: Sequence[int] = (),
+    ) -> None:
         """make_chunk: takes a chunk's members by their names."""
         self._head = head
         self._make_chunk = make_chunk
         self._usage_on_chunks = None if include_usage else UNSET
-        self._count = UsageCount(head)
+        self._count = UsageCount(head, prediction_token_ids if include_usage else ())
         self._num_tokens: dict[int, int] = {}
         self._extension: RepriseExtension | UnsetType = head.extension
 

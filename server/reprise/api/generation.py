@@ -155,5 +155,6 @@ def _num_entries(request: GenerationRequest) -> int:
     sampling = request.sampling
     words = [*sampling.bad_words, *request.stop.strings]
     num_word_entries = sum(1 + len(word) // BODY_BYTES_PER_ENTRY for word in words)
-    lists = (request.prompt_token_ids, sampling.logit_bias, sampling.allowed_token_ids or (), sampling.stop_token_ids)
+    texts = (request.prompt_token_ids, request.prediction_token_ids)
+    lists = (*texts, sampling.logit_bias, sampling.allowed_token_ids or (), sampling.stop_token_ids)
     return num_word_entries + sum(map(len, lists))

@@ -23,12 +23,14 @@ def _check_chat(request: ChatCompletionRequest, served: Served) -> int:
 def _chat_chunks(
     head: ResponseHead,
     request: ChatCompletionRequest,
-    generations: list[GenerationRequest],  # noqa: ARG001 - the shape that both endpoints share
-    served: Served,  # noqa: ARG001 - as above
+    generations: list[GenerationRequest],
+    served: Served,  # noqa: ARG001 - the shape that both endpoints share
     *,
     include_usage: bool,
 ) -> ChatChunks:
-    return ChatChunks(head, request, include_usage=include_usage)
+    (generation,) = generations
+    prediction_token_ids = generation.prediction_token_ids
+    return ChatChunks(head, request, include_usage=include_usage, prediction_token_ids=prediction_token_ids)
 
 
 def _check_completion(request: CompletionRequest, served: Served) -> int:

@@ -45,10 +45,11 @@ def choose_seed(request: GenerationParameters) -> int:
     return secrets.randbelow(MAX_GENERATED_SEED) if request.seed is None else request.seed
 
 
-def ignored_parameters(request: GenerationParameters, *, has_key: bool) -> list[str]:
+def ignored_parameters(request: GenerationParameters, *, has_key: bool, guesses: bool = True) -> list[str]:
     """Names of the fields that ask for something and change nothing.
 
     has_key: whether an idempotency key came with the request, so that its answer may be read again without a stream.
+    guesses: whether this server computes guesses ahead.
     """
     ignored = [
         name
@@ -59,6 +60,8 @@ def ignored_parameters(request: GenerationParameters, *, has_key: bool) -> list[
         ignored.append("stream_options.include_obfuscation")
     if request.retain_seconds and not (request.stream or has_key):
         ignored.append("retain_seconds")
+    if not guesses and getattr(request, "prediction", None) is not None:
+        ignored.append("prediction")
     return sorted(ignored)
 
 
@@ -107,7 +110,7 @@ def requested_max_tokens(request: GenerationParameters) -> int | None:
 
 
 def check_size(num_bytes: int, served: Served, *, param: str) -> None:
-    """Refuse a text that cannot fit whatever its tokens are, without tokenising megabytes to find out.
+    """Refuse a prompt that cannot fit whatever its tokens are, without tokenising megabytes to find out.
 
     Raises ContextLengthError.
     """

@@ -144,7 +144,8 @@ async def _submit(service: Service, call: Call, how: How, key: bytes | None) -> 
             stream = service.engine.submit(request)
             undo.callback(stream.close)
             streams.append(stream)
-        ignored = ignored_parameters(parameters, has_key=key is not None)
+        guesses = call.info.tier == "paged" and call.info.deterministic
+        ignored = ignored_parameters(parameters, has_key=key is not None, guesses=guesses)
         head = ResponseHead(
             id=response_id,
             created=created,

@@ -63,6 +63,13 @@ AssistantContent = Annotated[
 ]
 
 
+class Prediction(Request):
+    """What an answer is expected to be."""
+
+    type: Literal["content"]
+    content: Content
+
+
 class FunctionCall(Request):
     name: Name
     arguments: Text

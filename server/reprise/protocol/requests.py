@@ -18,7 +18,7 @@ from reprise.protocol.fields import (
     neutral_only,
     wrong_type,
 )
-from reprise.protocol.messages import Messages
+from reprise.protocol.messages import Messages, Prediction
 from reprise.protocol.parameters import ChatTemplateParameters, GenerationParameters, Request
 
 MAX_PROMPTS = 2048
@@ -29,7 +29,6 @@ class ChatCompletionRequest(GenerationParameters, ChatTemplateParameters):
 
     NO_EFFECT: ClassVar[dict[str, tuple[object, ...]]] = GenerationParameters.NO_EFFECT | {
         "parallel_tool_calls": (),
-        "prediction": (),
         "prompt_cache_options": ({},),
         "prompt_cache_retention": (),
         "reasoning_effort": ("none",),
@@ -42,9 +41,10 @@ class ChatCompletionRequest(GenerationParameters, ChatTemplateParameters):
     max_new_tokens: Count | None = None
     logprobs: Flag | None = None
     top_logprobs: Annotated[int, Field(strict=True, ge=0, le=20), Integral] | None = None
+    prediction: Prediction | None = None
+    """What the answer may be: where it is, it comes quicker."""
     # Without effect here, and reported as such.
     parallel_tool_calls: Flag | None = None
-    prediction: JsonObject | None = None
     prompt_cache_options: JsonObject | None = None
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
