@@ -256,8 +256,10 @@ def test_ignored_parameters_of_a_chat() -> None:
         "parallel_tool_calls": True,
         "prediction": {"type": "content", "content": "x"},
     }
-    found = ignored_parameters(ChatCompletionRequest.model_validate(fields), has_key=False)
-    assert found == ["parallel_tool_calls", "prediction", "reasoning_effort", "verbosity"]
+    chat = ChatCompletionRequest.model_validate(fields)
+    assert ignored_parameters(chat, has_key=False) == ["parallel_tool_calls", "reasoning_effort", "verbosity"]
+    without_guesses = ignored_parameters(chat, has_key=False, guesses=False)
+    assert without_guesses == ["parallel_tool_calls", "prediction", "reasoning_effort", "verbosity"]
 
 
 def test_fields_without_effect_exist() -> None:
