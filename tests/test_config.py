@@ -68,7 +68,7 @@ def test_every_setting_can_come_from_every_source(name: str, tmp_path: Path) -> 
         "api_key_file": str(existing), "host": "::1", "cors_origins": "https://example.org",
         "allowed_hosts": "example.org", "bundle_dir": "bundles",
         "kv_cache_memory": "3MiB", "max_body_size": "3MiB", "gpu_memory_utilization": "0.5",
-        "max_num_seqs": "65",
+        "max_num_seqs": "65", "speculate": "ngram", "draft_model": "m",
     }.get(name)  # fmt: skip
     field = Settings.model_fields[name]
     if text is None:
@@ -83,6 +83,13 @@ def test_every_setting_can_come_from_every_source(name: str, tmp_path: Path) -> 
     ]
     assert from_sources[0] == from_sources[1] == from_sources[2]
     assert getattr(from_sources[0], name) != getattr(Settings(), name)
+
+
+def test_speculation_by_a_draft_model_takes_one() -> None:
+    assert problems({"speculate": "draft"}) == ["--speculate: draft takes a draft model: name one with --draft-model"]
+    settings = load_settings({"speculate": "draft", "draft_model": "small"}, {}, None)
+    assert settings.draft_model_path == "small"
+    assert load_settings({"draft_model": "small"}, {}, None).draft_model_path is None
 
 
 def test_every_setting_says_what_it_is_and_what_is_right() -> None:

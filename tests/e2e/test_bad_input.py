@@ -61,6 +61,22 @@ def test_numbers_that_are_none(api: LiveApi, name: str, number: str) -> None:
     assert error_of(raw(api, COMPLETIONS, body), 400)["param"] == name
 
 
+@pytest.mark.parametrize(
+    ("prediction", "param"),
+    [
+        ("text", "prediction"),
+        ({"content": "a"}, "prediction.type"),
+        ({"type": "tokens", "content": "a"}, "prediction.type"),
+        ({"type": "content"}, "prediction.content"),
+        ({"type": "content", "content": 5}, "prediction.content"),
+        ({"type": "content", "content": "word " * (2 * CONTEXT)}, "prediction.content"),
+    ],
+)
+def test_predictions_that_are_none(api: LiveApi, prediction: Any, param: str) -> None:
+    error = error_of(api.client.post(CHAT, json={**HELLO, "prediction": prediction}), 400)
+    assert error["param"] == param
+
+
 @pytest.mark.parametrize("body", [b"[]", b'"text"', b"1", b"null", b"true"])
 def test_json_that_is_no_object(api: LiveApi, body: bytes) -> None:
     assert error_of(raw(api, CHAT, body), 400)["code"] == "invalid_type"

@@ -23,7 +23,7 @@ from benchmarks.local_server import running_server
 from reprise.engine.native.library import built_variants
 from support import variant_server
 from support.engine_processes import engine_pids
-from support.live_api import LiveApi
+from support.live_api import CHAT, LiveApi
 from support.promise import (
     InFlight,
     all_at_once,
@@ -180,6 +180,51 @@ def test_another_server_and_replicas(served: Served) -> None:
     assert_same(found, served.expected)
     assert_same(crossed, served.expected)
     assert_same(alone, served.expected)
+
+
+def test_with_predictions(served: Served) -> None:
+    """Of the whole answer, of its first half with another end, and of something else; and through a death as well."""
+    calls, expected = [], []
+    for (path, body), answer in zip(requests(), served.expected, strict=True):
+        if path == CHAT:
+            said = json.loads(answer)["choices"][0]["message"]["content"]
+            for content in (said, said[: len(said) // 2] + " and so on", "Something else entirely."):
+                prediction = {"type": "content", "content": content}
+                calls.append((path, {**body, "prediction": prediction}))
+                expected.append(without_details(answer))
+    before = served.api.metrics()
+    found = one_by_one(served.client, calls)
+    assert_same([*map(without_details, found)], expected)
+    assert served.api.metrics()["kept_draft_tokens_total"] > before["kept_draft_tokens_total"] + 20
+    details = [json.loads(answer)["usage"]["completion_tokens_details"] for answer in found]
+    assert sum(counts["accepted_prediction_tokens"] for counts in details) > 50
+    assert sum(counts["rejected_prediction_tokens"] for counts in details) > 50
+    # What is counted does not depend on what was guessed, either.
+    streamed = [(path, {**body, "stream": True}) for path, body in calls]
+    assert_same(all_at_once(served.client, streamed), found)
+    (engine,) = engine_pids(served.api.server)
+    with InFlight(served.client, calls) as streams:
+        streams.wait(lambda: streams.num_tokens > 0)
+        os.kill(engine, signal.SIGKILL)
+        assert_same(streams.answers(), found)
+
+
+def without_details(answer: bytes) -> bytes:
+    """Without what is counted of a prediction, which an answer that has none does not count."""
+    whole = json.loads(answer)
+    del whole["usage"]["completion_tokens_details"]
+    return json.dumps(whole, sort_keys=True, ensure_ascii=False).encode(errors="surrogatepass")
+
+
+def test_with_a_draft_model(served: Served) -> None:
+    """It is the model itself, so that its guesses are right: what it draws ahead of sampled answers, too."""
+    with served.another("--speculate", "draft", "--draft-model", served.model) as api:
+        alone = one_by_one(api.client, requests())
+        metrics = api.metrics()
+        together = all_at_once(api.client, requests(stream=True))
+    assert_same(alone, served.expected)
+    assert_same(together, served.expected)
+    assert metrics["kept_draft_tokens_total"] > 100
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -45,6 +45,13 @@ def test_a_directory_without_a_model(start_live_server: Start, tmp_path: Path) -
     assert str(tmp_path) in cause["message"]
 
 
+def test_a_draft_model_with_other_tokens(start_live_server: Start, llama_directory: Path) -> None:
+    flags = ("--num-threads", "1", "--speculate", "draft", "--draft-model", "pocket")
+    cause = last_words(start_live_server(str(llama_directory), *flags), 3)
+    assert "--draft-model" in cause
+    assert "pocket" in cause
+
+
 def test_weights_that_are_no_numbers(start_live_server: Start, tmp_path: Path, llama_directory: Path) -> None:
     directory = copy(llama_directory, tmp_path)
     weights = load_file(directory / "model.safetensors")
