@@ -11,7 +11,20 @@ from typing import Any
 
 import pytest
 
-from benchmarks import floors, layers, load, overhead, quantization, rows, scaling, shapes, startup, steps, use_cache
+from benchmarks import (
+    floors,
+    layers,
+    load,
+    overhead,
+    quantization,
+    rows,
+    scaling,
+    shapes,
+    speculation,
+    startup,
+    steps,
+    use_cache,
+)
 from benchmarks.load import Load, summarise
 from benchmarks.paced_server import TICK
 from benchmarks.raw_stream import Answer
@@ -35,7 +48,7 @@ def result_of(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], dict[str, 
     "name",
     [
         *("load", "use_cache", "floors", "shapes", "rows", "steps", "peers", "convert_gguf", "layers", "quantization"),
-        *("startup", "overhead", "scaling"),
+        *("startup", "overhead", "scaling", "speculation"),
     ],
 )
 def test_help(name: str) -> None:
@@ -73,6 +86,19 @@ def test_quantization_tells_errors_and_perplexity(capsys: pytest.CaptureFixture[
     assert plain["perplexity"] < four["perplexity"] < 2 * plain["perplexity"]
     assert eight["perplexity"] == pytest.approx(plain["perplexity"], rel=0.02)
     assert all(entry["tokens_per_second"]["1"] > 0 for entry in result["results"])
+
+
+def test_speculation_compares_answers_and_counts_guesses(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", "tiny", "--dtype", "float32", "--prompts", "2", "--prompt-tokens", "20"]
+    assert speculation.main([*arguments, "--new-tokens", "24", "--repeats", "1"]) == 0
+    lines, result = result_of(capsys)
+    assert len(lines) == 6
+    by_way = {entry["way"]: entry for entry in result["models"]["tiny"]}
+    assert [*by_way] == ["none", "ngram", "predicted", "mistaken", "draft"]
+    assert by_way["none"]["num_guesses"] == 0
+    assert by_way["predicted"]["kept_share"] == 1.0
+    assert by_way["draft"]["kept_share"] == 1.0
+    assert by_way["none"]["ratio"] == 1.0
 
 
 def test_load_with_openai_fields_alone(live_base_url: str, capsys: pytest.CaptureFixture[str]) -> None:
