@@ -47,7 +47,7 @@ class TestConfiguration:
 
     def test_defaults_that_are_shown_are_the_defaults(self, name: str) -> None:
         examples = {"revision", "served_model_name", "max_model_len", "chat_template", "kv_cache_memory",
-                    "num_threads", "api_key", "api_key_file", "cors_origins", "allowed_hosts",
+                    "num_threads", "draft_model", "api_key", "api_key_file", "cors_origins", "allowed_hosts",
                     "request_timeout", "deterministic", "bundle_dir"}  # fmt: skip
         text = (CONFIGS / f"{name}.yaml").read_text()
         for key, value in re.findall(r"^# ([a-z_]+): (\S+)$", text, re.MULTILINE):

@@ -102,13 +102,17 @@ def test_lint_checks_style_format_and_types(checkout: Path) -> None:
     ]
 
 
+BENCHMARKS = (
+    *("floors", "use_cache", "load", "steps", "quantization", "speculation", "scaling", "overhead", "startup"),
+    "gpu",
+)
+
+
 def test_bench_measures_the_machine_the_server_and_its_peers(checkout: Path) -> None:
     assert make(checkout, "bench", "ARGS=--quick") == [
         "scripts/setup test",
-        ".venv/bin/python -m benchmarks.floors",
-        ".venv/bin/python -m benchmarks.use_cache",
-        ".venv/bin/python -m benchmarks.load",
-        ".venv/bin/python -m benchmarks.peers --quick",
+        *(f".venv/bin/python -m benchmarks.{name}" for name in BENCHMARKS),
+        ".venv/bin/python -m benchmarks.peers --plot docs/peers.svg --quick",
     ]
 
 

@@ -124,16 +124,20 @@ def num_bytes(messages: list[Message]) -> int:
     return sum(len(text.encode()) for text in texts)
 
 
+MAX_PREDICTION_TOKENS = 8192
+"""Or the context, where that is shorter: each answer is followed through its prediction on the event loop."""
+
+
 def encode_prediction(request: ChatCompletionRequest, served: Served) -> list[int]:
     """Token ids of what a request expects its answer to be; empty where it says nothing of it.
 
-    Raises ContextLengthError where no answer could be as long.
+    Raises ContextLengthError where it is longer than the context or MAX_PREDICTION_TOKENS.
     """
     if request.prediction is None:
         return []
     content = request.prediction.content
     text = content if isinstance(content, str) else "".join(part.text for part in content)
-    limit, longest = served.max_sequence_tokens, served.longest_token
+    limit, longest = min(served.max_sequence_tokens, MAX_PREDICTION_TOKENS), served.longest_token
     num_tokens = -(-len(text.encode(errors="surrogatepass")) // longest) if longest else 0
     token_ids: list[int] = []
     if num_tokens <= limit:
@@ -141,8 +145,8 @@ def encode_prediction(request: ChatCompletionRequest, served: Served) -> list[in
         num_tokens = len(token_ids)
     if num_tokens > limit:
         raise ContextLengthError(
-            f"Invalid 'prediction.content': it has {num_tokens} tokens or more, and no answer is longer than this"
-            f" model's context of {limit}. Shorten the prediction.",
+            f"Invalid 'prediction.content': it has {num_tokens} tokens or more, and this server takes {limit}."
+            " Shorten the prediction.",
             param="prediction.content",
         )
     return token_ids

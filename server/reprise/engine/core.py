@@ -92,6 +92,11 @@ class EngineCore:
             rows = drawn[sequence.sequence_id]
             sampled = rows[0] if rows else None
             if sampled is not None and sampled.error_code is not None:
+                if scheduled.draft_token_ids:
+                    # What was guessed may be what failed, and has left it in the sequence's own block.
+                    sequence.draft_failed = True
+                    self._scheduler.restart(sequence)
+                    continue
                 if sampled.error_code == "numerical_error":
                     # Any block that it read may hold what is no number, those that it found in the cache as well.
                     if self._scheduler.recompute(sequence):

@@ -59,6 +59,8 @@ class Sequence:
             self.prompt_logprobs = [None] * self.num_prompt_tokens
         self.num_kept_drafts = 0
         """Tokens of the last step's draft that were kept: they were computed with it."""
+        self.draft_failed = False
+        """Whether a step with a draft failed: then it has none any more, since its answer may not depend on them."""
         self._digests: list[bytes] = []
 
     @property
@@ -103,7 +105,7 @@ class Sequence:
     @property
     def takes_drafts(self) -> bool:
         """Whether several of its next tokens can be chosen in one step."""
-        return self.sampling.use_cache and not self.is_constrained and not self.scores_prompt
+        return self.sampling.use_cache and not self.is_constrained and not self.scores_prompt and not self.draft_failed
 
     def digest(self, block_index: int, block_size: int) -> bytes:
         """The digest of a whole block of this sequence. Tokens are only ever appended, so it never changes."""
