@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from reprise.engine.core import EngineCore
 from reprise.engine.loader import LoadedModel
+from reprise.engine.model_runner import ModelRunner
 from reprise.engine.native.library import built_variants
+from reprise.engine.scheduler import Batch
+from reprise.engine.sequence import Sequence
 from reprise.ipc.messages import Add
 from reprise.types import FinishReason
 from support import tiny_models
@@ -157,6 +162,42 @@ def test_the_end_comes_where_it_would_have_come(kernels: str, origin: str, repet
 
 
 @pytest.mark.parametrize("origin", ORIGINS)
+class _Poisoned:
+    """A runner that cannot compute one token as a guess: it fails, or what it gives for that step are no numbers."""
+
+    def __init__(self, runner: ModelRunner, token_id: int, way: str) -> None:
+        self._runner = runner
+        self._token_id = token_id
+        self._way = way
+        self.num_failures = 0
+
+    def run(self, batch: Batch) -> Tensor:
+        logits = self._runner.run(batch)
+        if not any(self._token_id in scheduled.draft_token_ids for scheduled in batch):
+            return logits
+        self.num_failures += 1
+        if self._way == "fails":
+            raise RuntimeError("a kernel that has not this one")
+        return torch.full_like(logits, torch.nan)
+
+    def forget(self, sequence: Sequence) -> None:
+        self._runner.forget(sequence)
+
+
+@pytest.mark.parametrize("way", ["fails", "gives no numbers"])
+def test_a_guess_that_cannot_be_computed_ends_no_answer(way: str, repetitive: Path) -> None:
+    loaded = loaded_from(repetitive, "torch")
+    request = (LOOP * 3, greedy(max_tokens=40, end_token_ids=()))
+    (expected,) = run(build_core(loaded, None), [request])
+    poison = next(token_id for token_id in range(loaded.num_token_ids) if token_id not in expected.token_ids)
+    runner = _Poisoned(loaded.runner, poison, way)
+    core = build_core(dataclasses.replace(loaded, runner=runner), None)
+    (found,) = run(core, [request], prediction=[*expected.token_ids[:9], poison, *expected.token_ids[9:]])
+    assert runner.num_failures >= 1
+    assert found == expected
+    assert core.stats().num_kept_draft_tokens > 0
+
+
 def test_in_company_drafts_give_way(origin: str, repetitive: Path, like_it: Path) -> None:
     plain = core_of(repetitive, "torch")
     speculating = core_of(repetitive, "torch", origin, like_it)
