@@ -340,7 +340,7 @@ def test_layers_compares_the_padded_tier_as_well(capsys: pytest.CaptureFixture[s
 
 
 def test_overhead_counts_tokens_and_cpu_time_and_watches_the_loop(capsys: pytest.CaptureFixture[str]) -> None:
-    assert overhead.main(["--streams", "3", "--pace", "100", "0", "--tokens", "45"]) == 0
+    assert overhead.main(["--streams", "3", "--pace", "100", "0", "--tokens", "150"]) == 0
     lines, result = result_of(capsys)
     assert len(lines) == 3
     paced, free = result["results"]
@@ -348,11 +348,11 @@ def test_overhead_counts_tokens_and_cpu_time_and_watches_the_loop(capsys: pytest
     assert paced["at_once"] == 3
     assert 0 < paced["tokens_per_second"] < 110
     for measured in (paced, free):
-        assert measured["tokens_per_stream"] == 15
-        assert measured["api_cpu_seconds"] >= 0  # in hundredths
+        assert measured["tokens_per_stream"] == 50
+        assert measured["api_cpu_seconds"] > 0
         assert measured["tokens_per_cpu_second"] > 0
         # The last event of a stream has the usage and no token.
-        assert 0 < measured["tokens_per_event"] < 15
+        assert 0 < measured["tokens_per_event"] < 50
         assert 0 <= measured["loop_late_cpu_ms"]["p99"] <= measured["loop_late_ms"]["p100"]
 
 

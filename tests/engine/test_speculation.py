@@ -161,7 +161,6 @@ def test_the_end_comes_where_it_would_have_come(kernels: str, origin: str, repet
             assert (found.token_ids, found.finish_reason) == (expected.token_ids, expected.finish_reason)
 
 
-@pytest.mark.parametrize("origin", ORIGINS)
 class _Poisoned:
     """A runner that cannot compute one token as a guess: it fails, or what it gives for that step are no numbers."""
 
@@ -198,6 +197,7 @@ def test_a_guess_that_cannot_be_computed_ends_no_answer(way: str, repetitive: Pa
     assert core.stats().num_kept_draft_tokens > 0
 
 
+@pytest.mark.parametrize("origin", ORIGINS)
 def test_in_company_drafts_give_way(origin: str, repetitive: Path, like_it: Path) -> None:
     plain = core_of(repetitive, "torch")
     speculating = core_of(repetitive, "torch", origin, like_it)
@@ -290,3 +290,15 @@ def test_where_bits_do_not_repeat_nothing_is_guessed(speculate: str, model_direc
     assert loaded.draft is None
     (result,) = run(build_core(loaded, None), [(LOOP, greedy())], prediction=LOOP)
     assert result.finish_reason is not None
+
+
+def test_the_next_life_has_as_much_memory_for_both(repetitive: Path) -> None:
+    """It is told what both pools took together, and none of them gets smaller by that."""
+    settings = {"kernels": "torch", "dtype": "float32", "speculate": "draft", "draft_model": str(repetitive)}
+    first = load_from(repetitive, **settings, kv_cache_memory=1 << 21)
+    again = load_from(repetitive, **settings, kv_cache_memory=first.ready.kv_cache_memory)
+    assert first.draft is not None
+    assert again.draft is not None
+    assert first.ready.kv_cache_memory <= 1 << 21
+    assert 0 < first.draft.num_blocks < first.num_blocks
+    assert (again.num_blocks, again.draft.num_blocks) == (first.num_blocks, first.draft.num_blocks)

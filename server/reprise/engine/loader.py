@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from reprise.engine.execution import MAX_DRAFT_ROWS, NativeMismatchError, checked, choose_execution
+from reprise.engine.execution import MAX_DRAFT_ROWS, Execution, NativeMismatchError, checked, choose_execution
 from reprise.engine.load_progress import loading_weights
 from reprise.engine.mapped_model import map_model
 from reprise.engine.memory import kv_budget
@@ -72,21 +72,19 @@ def load(config: EngineConfig, progress: Progress) -> LoadedModel:
     fingerprint = verify_weights(model, lambda share: progress("checking weights", 0.4 + 0.4 * share))
     max_model_len = choose_max_model_len(config, model_config)
     freeze_rope(model, max_model_len)
-    draft = load_draft(config, max_model_len, device, progress)
-    draft_memory = 0 if draft is None else draft.ready.kv_cache_memory
-    beside_draft = config
-    if draft_memory:
-        memory = config.kv_cache_memory or kv_budget(device, config.gpu_memory_utilization)
-        beside_draft = msgspec.structs.replace(config, kv_cache_memory=memory - draft_memory)
+    draft, beside_draft = load_draft(config, max_model_len, device, progress)
     progress("running the equivalence gate", 0.85)
     num_parameters, vocab_size = sum(p.numel() for p in model.parameters()), output_size(model)
     num_token_ids = min(vocab_size, input_size(model))
+    execution: Execution | None = None
     try:
         execution = choose_execution(model, beside_draft, max_model_len, device)
     except NativeMismatchError as error:
         if config.kernels == "native":
             raise ModelLoadError(f"--kernels native was asked for, but {error}") from None
         logger.warning("%s: loading the model once more, for torch", error)
+    if execution is None:
+        del model, draft  # not beside those that are loaded now
         return load(msgspec.structs.replace(config, kernels="torch"), progress)
     pool = execution.pool
     progress("checking that answers repeat", 0.95)
@@ -94,9 +92,6 @@ def load(config: EngineConfig, progress: Progress) -> LoadedModel:
     limits = execution.limits
     if not repeatability.passed:
         limits = dataclasses.replace(limits, max_draft_rows=0)
-    if config.speculate != "none" and not limits.max_draft_rows:
-        logger.warning("--speculate %s is without effect: answers would depend on it here", config.speculate)
-        draft = None
     ready = Ready(
         tier=execution.tier,
         tier_reason=execution.reason,
@@ -109,7 +104,7 @@ def load(config: EngineConfig, progress: Progress) -> LoadedModel:
         vocab_size=vocab_size,
         max_model_len=max_model_len,
         num_kv_tokens=pool.num_tokens,
-        kv_cache_memory=pool.num_tokens * pool.bytes_per_token + draft_memory,
+        kv_cache_memory=pool.num_tokens * pool.bytes_per_token + (draft.ready.kv_cache_memory if draft else 0),
         max_sequence_tokens=min(max_model_len, pool.num_tokens),
         max_num_seqs=config.max_num_seqs,
         weights_fingerprint=fingerprint,
@@ -119,6 +114,9 @@ def load(config: EngineConfig, progress: Progress) -> LoadedModel:
         deterministic_reason=repeatability.reason,
         numerics_fingerprint=repeatability.fingerprint,
     )
+    if config.speculate != "none" and not limits.max_draft_rows:
+        logger.warning("--speculate %s is without effect: answers would depend on it here", config.speculate)
+        draft = None
     return LoadedModel(
         *(execution.runner, execution.selection, limits, pool.num_blocks, pool.block_size, ready, num_token_ids),
         looks_up=config.speculate == "ngram",
@@ -128,13 +126,14 @@ def load(config: EngineConfig, progress: Progress) -> LoadedModel:
 
 def load_draft(
     config: EngineConfig, max_model_len: int, device: torch.device, progress: Progress
-) -> LoadedModel | None:
-    """The draft model, where one is asked for; it has keys and values for as many sequences as have drafts at once.
+) -> tuple[LoadedModel | None, EngineConfig]:
+    """The draft model, where one is asked for, and the settings with the memory that it leaves.
 
-    Raises ModelLoadError naming the setting.
+    It has keys and values for as many sequences as have drafts at once. The memory is looked at once, so that what the
+    two pools took together is enough for both in the engine's next life. Raises ModelLoadError naming the setting.
     """
     if config.speculate != "draft" or config.draft_model is None or config.deterministic is False:
-        return None
+        return None, config
     memory = config.kv_cache_memory or kv_budget(device, config.gpu_memory_utilization)
     of_draft = msgspec.structs.replace(
         config,
@@ -153,9 +152,14 @@ def load_draft(
         model_config = load_config(of_draft)
         longest = choose_max_model_len(msgspec.structs.replace(of_draft, max_model_len=None), model_config)
         of_draft = msgspec.structs.replace(of_draft, max_model_len=min(longest, max_model_len))
-        return load(of_draft, lambda _, share: progress("loading the draft model", share))
+        draft = load(of_draft, lambda _, share: progress("loading the draft model", share))
     except ModelLoadError as error:
         raise ModelLoadError(f"--draft-model: {error}") from None
+    memory -= draft.ready.kv_cache_memory
+    if config.kv_cache_memory is None and device.type == "cuda":
+        # Its weights lie in what was free.
+        memory -= draft.ready.num_parameters * getattr(torch, draft.ready.dtype).itemsize
+    return draft, msgspec.structs.replace(config, kv_cache_memory=memory)
 
 
 def choose_device(device: str) -> torch.device:
