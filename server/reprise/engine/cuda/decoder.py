@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from reprise.engine import elementwise
+from reprise.engine import elementwise, llama_family
 from reprise.engine.cuda.attention import PagedAttention
 from reprise.engine.cuda.products import Products
 from reprise.engine.cuda.tables import StepTables
-from reprise.engine.native.decoder import MODEL_TYPES
 
 MAX_HEAD_DIM = 256
 _HEAD_DIM_MULTIPLE = 8
@@ -26,21 +25,14 @@ _HEAD_DIM_MULTIPLE = 8
 
 def unsupported(model: PreTrainedModel) -> str:
     """Why this decoder cannot run the model; empty where it can."""
-    config: Any = model.config
-    if config.model_type not in MODEL_TYPES:
-        return f"the decoder for CUDA has no models of type {config.model_type}"
+    if difference := llama_family.differs(model):
+        return f"the decoder for CUDA has no {difference}"
     if model.device.type == "cuda" and model.dtype not in (torch.bfloat16, torch.float16):
         return f"the decoder for CUDA does not run in {str(model.dtype).removeprefix('torch.')}"
-    if config.hidden_act not in ("silu", "swish"):
-        return f"the decoder for CUDA has no activation {config.hidden_act}"
     parts: Any = model.model
-    attention, mlp = parts.layers[0].self_attn, parts.layers[0].mlp
-    if any(linear.bias is not None for linear in (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)):
-        return "the decoder for CUDA has no biases there"
+    attention = parts.layers[0].self_attn
     if attention.head_dim % _HEAD_DIM_MULTIPLE or attention.head_dim > MAX_HEAD_DIM:
         return f"the decoder for CUDA has no heads of {attention.head_dim}"
-    if _rotations(model, 1)[0].shape[-1] != attention.head_dim:
-        return "the decoder for CUDA rotates heads as a whole"
     return ""
 
 

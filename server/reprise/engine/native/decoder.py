@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from reprise.engine import llama_family
 from reprise.engine.memory import Arena, MappedFiles, zeros
 from reprise.engine.native.library import (
     FORMATS,
@@ -26,7 +27,6 @@ from reprise.engine.native.library import (
     check_outcome,
 )
 
-MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 BLOCK = 16
 PANEL = 32
 GROUP = 16
@@ -44,16 +44,12 @@ def unsupported(model: PreTrainedModel, quantize: Quantization = "none") -> str:
     if not built_variants():
         return "the native decoder was not built for this CPU"
     config: Any = model.config
-    if config.model_type not in MODEL_TYPES:
-        return f"the native decoder has no models of type {config.model_type}"
+    if difference := llama_family.differs(model):
+        return f"the native decoder has no {difference}"
     if model.device.type != "cpu" or model.dtype not in (torch.bfloat16, torch.float32):
         return f"the native decoder does not run in {str(model.dtype).removeprefix('torch.')} on {model.device.type}"
-    if config.hidden_act not in ("silu", "swish"):
-        return f"the native decoder has no activation {config.hidden_act}"
     parts: Any = model.model
-    attention, mlp = parts.layers[0].self_attn, parts.layers[0].mlp
-    if any(linear.bias is not None for linear in (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)):
-        return "the native decoder has no biases there"
+    attention = parts.layers[0].self_attn
     sizes = (config.hidden_size, config.intermediate_size, attention.head_dim)
     if any(size % _MULTIPLE for size in sizes) or attention.head_dim > MAX_HEAD_DIM:
         return f"the native decoder takes sizes that are multiples of {_MULTIPLE}, not {sizes}"
@@ -64,8 +60,6 @@ def unsupported(model: PreTrainedModel, quantize: Quantization = "none") -> str:
         return f"int4 takes sizes that are multiples of {_INT4_MULTIPLE}, not {sizes}"
     if config.num_attention_heads > MAX_QUERY_GROUP * config.num_key_value_heads:
         return "the native decoder has no query groups of that size"
-    if parts.rotary_emb(torch.zeros(1), torch.zeros(1, 1, dtype=torch.int64))[0].shape[-1] != attention.head_dim:
-        return "the native decoder rotates heads as a whole"
     return ""
 
 
