@@ -115,18 +115,22 @@ template <class T> struct Runner {
   const Step& s;
   Pool& pool;
 
-  // One product: tasks are pairs of a run of panels and a run of rows, which f(panel, first row, number of rows) computes.
+  static constexpr long MOST_ROWS = 96;  // of a task
+
+  // One product: tasks are pairs of a run of panels and a run of rows, which f(panel, the next one, first row, number of
+  // rows) computes.
   template <class F> void in_tasks(long columns, long num_rows, const F& f) {
     long num_panels = divide_up(columns, PANEL);
-    long row_chunk = num_rows <= 96 ? num_rows : 96;
-    long row_tasks = divide_up(num_rows, row_chunk);
+    long row_tasks = divide_up(num_rows, MOST_ROWS), row_chunk = divide_up(num_rows, row_tasks);
     long wanted = divide_up(8L * pool.size(), row_tasks);
     long panel_chunk = divide_up(num_panels, wanted);
     long panel_tasks = divide_up(num_panels, panel_chunk);
     pool.run(panel_tasks * row_tasks, [&](long task, int) {
       long first = task / row_tasks * panel_chunk, last = first + panel_chunk < num_panels ? first + panel_chunk : num_panels;
       long m = task % row_tasks * row_chunk, count = m + row_chunk < num_rows ? row_chunk : num_rows - m;
-      for (long p = first; p < last; p++) f(p, m, count);
+      // The task that this thread gets next, if all take the same time.
+      long then = (task + pool.size()) / row_tasks * panel_chunk;
+      for (long p = first; p < last; p++) f(p, p + 1 < last || then >= num_panels ? p + 1 : then, m, count);
     });
   }
 
@@ -142,8 +146,9 @@ template <class T> struct Runner {
   template <class F> void product(const operand* x, long inner, const Matrix& weights, long columns, long num_rows, F apply) {
     if (num_rows == 0) return;
     if (weights.format == FULL) {
-      in_tasks(columns, num_rows, [&](long p, long m, long count) {
-        rows_times_panel<T>(x + m * inner, inner, (const element*)weights.data + p * PANEL * inner, inner, count,
+      in_tasks(columns, num_rows, [&](long p, long next, long m, long count) {
+        auto* panels = (const element*)weights.data;
+        rows_times_panel<T>(x + m * inner, inner, panels + p * PANEL * inner, panels + next * PANEL * inner, inner, count,
                             [&](long row, floats left, floats right) { apply(m + row, p, left, right); });
       });
       return;
@@ -158,13 +163,13 @@ template <class T> struct Runner {
     });
     auto* data = (const uint8_t*)weights.data;
     if (weights.format == INT4) {
-      in_tasks(columns, num_rows, [&](long p, long m, long count) {
+      in_tasks(columns, num_rows, [&](long p, long, long m, long count) {
         rounded_rows_times_panel<Int4>(rounded.rows + m, data + p * 2 * Int4::strip_bytes(inner), inner, count,
                                        [&](long row, floats left, floats right) { apply(m + row, p, left, right); });
       });
       return;
     }
-    in_tasks(columns, num_rows, [&](long p, long m, long count) {
+    in_tasks(columns, num_rows, [&](long p, long, long m, long count) {
       const float* scales = weights.scales + p * PANEL;
       rounded_rows_times_panel<Int8>(rounded.rows + m, data + p * 2 * Int8::strip_bytes(inner), inner, count,
                                      [&](long row, floats left, floats right) {
@@ -237,7 +242,7 @@ template <class T> struct Runner {
           for (long i = 0; i < BLOCK / T::PAIR; i++)
             for (int g = 0; g < GROUPS; g++) __builtin_prefetch(blocks[block + AHEAD] + (i * dim + first + g * LANES) * T::PAIR);
         add_columns<T, ROWS, GROUPS>(weights + r * CHUNK + block * BLOCK, CHUNK, blocks[block] + first * T::PAIR, dim * T::PAIR,
-                                     LANES * T::PAIR, BLOCK / T::PAIR, sums);
+                                     LANES * T::PAIR, BLOCK / T::PAIR, sums, NoFetch{});
       }
       for (int i = 0; i < ROWS; i++) for (int g = 0; g < GROUPS; g++) store(a + i * dim + g * LANES, sums[i][g]);
     });

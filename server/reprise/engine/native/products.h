@@ -75,12 +75,27 @@ template <class T> struct Panels {
   }
 };
 
+// What is fetched from memory while something else is computed: so many bytes in each step of it, up to two lines.
+struct Fetch {
+  static constexpr long LINE = 64;
+  const char* from;
+  long bytes;
+  inline void next() {
+    __builtin_prefetch(from, 0, 3);
+    __builtin_prefetch(from + LINE, 0, 3);
+    from += bytes;
+  }
+};
+struct NoFetch {
+  inline void next() {}
+};
+
 // sums[ROWS][GROUPS] += ROWS rows of x times GROUPS groups of 16 columns, over num_inner pairs. `step` elements lie from
-// one pair to the next, and `to_next_group` from one group to the next.
-template <class T, int ROWS, int GROUPS>
+// one pair to the next, and `to_next_group` from one group to the next. `fetch` takes a step with each pair.
+template <class T, int ROWS, int GROUPS, class F>
 inline __attribute__((always_inline)) void add_columns(const typename T::operand* x, long stride,
                                                        const typename T::element* columns, long step, long to_next_group,
-                                                       long num_inner, floats (&sums)[ROWS][GROUPS]) {
+                                                       long num_inner, floats (&sums)[ROWS][GROUPS], F fetch) {
   auto add = [&](auto part, long k) __attribute__((always_inline)) {
     decltype(T::template factor<part()>(columns)) factors[GROUPS];
 #pragma GCC unroll 4
@@ -93,9 +108,7 @@ inline __attribute__((always_inline)) void add_columns(const typename T::operand
     }
   };
   for (long k = 0; k < num_inner; k++) {
-    if (ROWS <= 4) {
-      for (int g = 0; g < GROUPS; g++) __builtin_prefetch((const char*)(columns + k * step + g * to_next_group) + 4096);
-    }
+    fetch.next();
     add(std::integral_constant<int, 0>{}, k);
     if (T::PARTS > 1) {
       // Has the columns read again, since there are not registers for both parts.
@@ -133,35 +146,40 @@ inline __attribute__((always_inline)) void multiply_blocks(const typename T::ope
   }
 }
 
-template <int ROWS, class F> inline void in_tiles_left(long num_rows, long m, const F& f) {
+template <int ROWS, class F> inline void in_tile(long num_rows, long m, const F& f) {
   if (num_rows == ROWS) f(std::integral_constant<int, ROWS>{}, m);
-  else if constexpr (ROWS > 1) in_tiles_left<ROWS - 1>(num_rows, m, f);
+  else if constexpr (ROWS > 1) in_tile<ROWS - 1>(num_rows, m, f);
 }
 
-// f(number of rows, first row) for tiles of MOST rows, and for one of those that are left over. The number is a constant.
+// f(number of rows, first row) for tiles as large as each other, of at most MOST rows. The number is a constant.
 template <int MOST, class F> inline void in_tiles(long num_rows, const F& f) {
   long m = 0;
-  for (; m + MOST <= num_rows; m += MOST) f(std::integral_constant<int, MOST>{}, m);
-  if constexpr (MOST > 1) {
-    if (m < num_rows) in_tiles_left<MOST - 1>(num_rows - m, m, f);
+  for (long left = divide_up(num_rows, MOST); left; left--) {
+    long rows = divide_up(num_rows - m, left);
+    in_tile<MOST>(rows, m, f);
+    m += rows;
   }
 }
 
-// Rows of x times a panel. `apply(row, left, right)` takes the sums of its two groups.
+// Rows of x times a panel. `apply(row, left, right)` takes the sums of its two groups. The panel that is read `next` is
+// fetched meanwhile; where there is one tile, what is read a little later.
 template <class T, class F>
-inline void rows_times_panel(const typename T::operand* x, long stride, const typename T::element* panel, long inner,
-                             long num_rows, F apply) {
-  long step = Panels<T>::STEP, num_inner = inner / T::PAIR, next = Panels<T>::to_next_group(inner);
+inline void rows_times_panel(const typename T::operand* x, long stride, const typename T::element* panel,
+                             const typename T::element* next, long inner, long num_rows, F apply) {
+  long step = Panels<T>::STEP, num_inner = inner / T::PAIR, to_next_group = Panels<T>::to_next_group(inner);
+  long bytes = step * sizeof(typename T::element);
   in_tiles<TILE>(num_rows, [&](auto count, long m) {
     constexpr int ROWS = count();
+    Fetch fetch = ROWS == num_rows ? Fetch{(const char*)panel + 4096, bytes}
+                                   : Fetch{(const char*)next + m * bytes * num_inner / num_rows, ROWS * bytes / num_rows};
     if constexpr (2 * ROWS <= NUM_SUMS - (T::PARTS > 1 ? 2 : 0)) {
       floats sums[ROWS][2] = {};
-      add_columns<T, ROWS, 2>(x + m * stride, stride, panel, step, next, num_inner, sums);
+      add_columns<T, ROWS, 2>(x + m * stride, stride, panel, step, to_next_group, num_inner, sums, fetch);
       for (int i = 0; i < ROWS; i++) apply(m + i, sums[i][0], sums[i][1]);
     } else {
       floats left[ROWS][1] = {}, right[ROWS][1] = {};
-      add_columns<T, ROWS, 1>(x + m * stride, stride, panel, step, next, num_inner, left);
-      add_columns<T, ROWS, 1>(x + m * stride, stride, panel + next, step, next, num_inner, right);
+      add_columns<T, ROWS, 1>(x + m * stride, stride, panel, step, to_next_group, num_inner, left, fetch);
+      add_columns<T, ROWS, 1>(x + m * stride, stride, panel + to_next_group, step, to_next_group, num_inner, right, fetch);
       for (int i = 0; i < ROWS; i++) apply(m + i, left[i][0], right[i][0]);
     }
   });
