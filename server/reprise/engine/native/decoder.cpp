@@ -15,6 +15,7 @@
 namespace {
 
 constexpr int BLOCK = 16;   // tokens of a block of keys or values
+constexpr int MAX_HEAD_DIM = 256;
 constexpr int CHUNK = 128;  // keys between two corrections of the running maximum
 constexpr int WIDE = NUM_SUMS >= 24 ? 4 : 2;       // groups of a register tile of weighted values
 constexpr int WIDE_TILE = NUM_SUMS >= 24 ? 6 : 3;  // its rows
@@ -76,6 +77,8 @@ struct Step {
 
 namespace {
 
+long greatest_common_divisor(long a, long b) { return b ? greatest_common_divisor(b, a % b) : a; }
+
 // Where rows of a weight go among the columns of what is packed: from `first` on, or group by group into every second
 // group, beginning with the one at `offset`.
 struct Columns {
@@ -115,22 +118,35 @@ template <class T> struct Runner {
   const Step& s;
   Pool& pool;
 
-  static constexpr long MOST_ROWS = 96;  // of a task
+  // A run of panels times a run of rows, of one product.
+  struct Task {
+    long first_panel, last_panel, first_row, num_rows;
+    int thread;
+    long row_in_task(long row) const { return row - first_row; }
+    long column_in_task(long panel) const { return (panel - first_panel) * PANEL; }
+  };
+  static constexpr long MOST_ROWS = 96;
+  static constexpr long MOST_PANELS = 8;
+  // Of a task, where so many belong together.
+  static long most_panels(long together) { return divide_up(MOST_PANELS, together) * together; }
 
-  // One product: tasks are pairs of a run of panels and a run of rows, which f(panel, the next one, first row, number of
-  // rows) computes.
-  template <class F> void in_tasks(long columns, long num_rows, const F& f) {
+  // Calls f(task, panel, the next panel) for all of a product, and done(task) where it is complete. So many panels
+  // `together` are never in two tasks.
+  template <class F, class G> void in_tasks(long columns, long num_rows, long together, const F& f, const G& done) {
     long num_panels = divide_up(columns, PANEL);
     long row_tasks = divide_up(num_rows, MOST_ROWS), row_chunk = divide_up(num_rows, row_tasks);
     long wanted = divide_up(8L * pool.size(), row_tasks);
-    long panel_chunk = divide_up(num_panels, wanted);
+    long panel_chunk = divide_up(divide_up(num_panels, wanted), together) * together;
+    if (panel_chunk > most_panels(together)) panel_chunk = most_panels(together);
     long panel_tasks = divide_up(num_panels, panel_chunk);
-    pool.run(panel_tasks * row_tasks, [&](long task, int) {
-      long first = task / row_tasks * panel_chunk, last = first + panel_chunk < num_panels ? first + panel_chunk : num_panels;
-      long m = task % row_tasks * row_chunk, count = m + row_chunk < num_rows ? row_chunk : num_rows - m;
+    pool.run(panel_tasks * row_tasks, [&](long number, int thread) {
+      long panel = number / row_tasks * panel_chunk, row = number % row_tasks * row_chunk;
+      Task task{panel, panel + panel_chunk < num_panels ? panel + panel_chunk : num_panels, row,
+                row + row_chunk < num_rows ? row_chunk : num_rows - row, thread};
       // The task that this thread gets next, if all take the same time.
-      long then = (task + pool.size()) / row_tasks * panel_chunk;
-      for (long p = first; p < last; p++) f(p, p + 1 < last || then >= num_panels ? p + 1 : then, m, count);
+      long then = (number + pool.size()) / row_tasks * panel_chunk;
+      for (long p = panel; p < task.last_panel; p++) f(task, p, p + 1 < task.last_panel || then >= num_panels ? p + 1 : then);
+      done(task);
     });
   }
 
@@ -143,14 +159,16 @@ template <class T> struct Runner {
   };
   Rounded rounded{};
 
-  template <class F> void product(const operand* x, long inner, const Matrix& weights, long columns, long num_rows, F apply) {
+  // apply(task, row, panel, left, right) takes the sums of a panel's two groups, done(task) comes after those of a task.
+  template <class F, class G>
+  void product(const operand* x, long inner, const Matrix& weights, long columns, long num_rows, long together, F apply, G done) {
     if (num_rows == 0) return;
     if (weights.format == FULL) {
-      in_tasks(columns, num_rows, [&](long p, long next, long m, long count) {
-        auto* panels = (const element*)weights.data;
-        rows_times_panel<T>(x + m * inner, inner, panels + p * PANEL * inner, panels + next * PANEL * inner, inner, count,
-                            [&](long row, floats left, floats right) { apply(m + row, p, left, right); });
-      });
+      auto* panels = (const element*)weights.data;
+      in_tasks(columns, num_rows, together, [&](const Task& task, long p, long next) {
+        rows_times_panel<T>(x + task.first_row * inner, inner, panels + p * PANEL * inner, panels + next * PANEL * inner, inner,
+                            task.num_rows, [&](long row, floats left, floats right) { apply(task, task.first_row + row, p, left, right); });
+      }, done);
       return;
     }
     long groups = divide_up(inner, GROUP);
@@ -161,21 +179,27 @@ template <class T> struct Runner {
                   rounded.scales + t * groups, rounded.sums + t * groups);
       }
     });
-    auto* data = (const uint8_t*)weights.data;
+    auto* panels = (const uint8_t*)weights.data;
     if (weights.format == INT4) {
-      in_tasks(columns, num_rows, [&](long p, long, long m, long count) {
-        rounded_rows_times_panel<Int4>(rounded.rows + m, data + p * 2 * Int4::strip_bytes(inner), inner, count,
-                                       [&](long row, floats left, floats right) { apply(m + row, p, left, right); });
-      });
+      long size = 2 * Int4::strip_bytes(inner);
+      in_tasks(columns, num_rows, together, [&](const Task& task, long p, long next) {
+        rounded_rows_times_panel<Int4>(rounded.rows + task.first_row, panels + p * size, panels + next * size, inner, task.num_rows,
+                                       [&](long row, floats left, floats right) { apply(task, task.first_row + row, p, left, right); });
+      }, done);
       return;
     }
-    in_tasks(columns, num_rows, [&](long p, long, long m, long count) {
+    long size = 2 * Int8::strip_bytes(inner);
+    in_tasks(columns, num_rows, together, [&](const Task& task, long p, long next) {
       const float* scales = weights.scales + p * PANEL;
-      rounded_rows_times_panel<Int8>(rounded.rows + m, data + p * 2 * Int8::strip_bytes(inner), inner, count,
+      rounded_rows_times_panel<Int8>(rounded.rows + task.first_row, panels + p * size, panels + next * size, inner, task.num_rows,
                                      [&](long row, floats left, floats right) {
-                                       apply(m + row, p, left * load<floats>(scales), right * load<floats>(scales + LANES));
+                                       apply(task, task.first_row + row, p, left * load<floats>(scales), right * load<floats>(scales + LANES));
                                      });
-    });
+    }, done);
+  }
+  template <class F> void product(const operand* x, long inner, const Matrix& weights, long columns, long num_rows, F apply) {
+    product(x, inner, weights, columns, num_rows, 1,
+            [&](const Task&, long row, long panel, floats left, floats right) { apply(row, panel, left, right); }, [](const Task&) {});
   }
 
   static void normalise(const float* x, const float* weight, long size, float epsilon, operand* out) {
@@ -191,9 +215,14 @@ template <class T> struct Runner {
     for (long i = 0; i < size; i += LANES) store(x + i, load<floats>(x + i) * splat(factor) * load<floats>(weight + i));
   }
   void rotate(float* x, long position) const {
-    long half = d.head_dim / 2;
+    long half = d.head_dim / 2, i = 0;
     const float *c = d.cosines + position * half, *s_ = d.sines + position * half;
-    for (long i = 0; i < half; i++) {
+    for (; i + LANES <= half; i += LANES) {
+      floats a = load<floats>(x + i), b = load<floats>(x + half + i), cosine = load<floats>(c + i), sine = load<floats>(s_ + i);
+      store(x + i, a * cosine - b * sine);
+      store(x + half + i, b * cosine + a * sine);
+    }
+    for (; i < half; i++) {
       float a = x[i], b = x[i + half];
       x[i] = a * c[i] - b * s_[i];
       x[i + half] = b * c[i] + a * s_[i];
@@ -210,17 +239,48 @@ template <class T> struct Runner {
     for (long k = 0; k < d.hidden; k++) out[k] = T::value(first[k / T::PAIR * Panels<T>::STEP + k % T::PAIR]);
   }
 
-  void write_keys(const LayerWeights& layer, long token, const float* key, const float* value) const {
-    long slot = s.slots[token], block = slot / BLOCK, lane = slot % BLOCK, dim = d.head_dim;
-    for (long h = 0; h < d.num_kv_heads; h++) {
-      auto* k = (element*)layer.keys + (block * d.num_kv_heads + h) * BLOCK * dim;
-      auto* v = (element*)layer.values + (block * d.num_kv_heads + h) * BLOCK * dim;
-      // What a block held before may be no number, and zero times that is none either.
-      if (lane == 0) { memset(k, 0, BLOCK * dim * sizeof(element)); memset(v, 0, BLOCK * dim * sizeof(element)); }
-      for (long i = 0; i < dim; i++) {
-        k[i / T::PAIR * BLOCK * T::PAIR + lane * T::PAIR + i % T::PAIR] = T::element_of(key[h * dim + i]);
-        v[lane / T::PAIR * dim * T::PAIR + i * T::PAIR + lane % T::PAIR] = T::element_of(value[h * dim + i]);
+  element* block_of(void* of, long slot) const { return (element*)of + slot / BLOCK * d.num_kv_heads * BLOCK * d.head_dim; }
+
+  // Makes a block zero whose first token is about to be written: what it held before may be no number, and zero times that
+  // is none either.
+  void clear_blocks(const LayerWeights& layer, long token) const {
+    long slot = s.slots[token], size = d.num_kv_heads * BLOCK * d.head_dim * sizeof(element);
+    if (slot % BLOCK) return;
+    memset(block_of(layer.keys, slot), 0, size);
+    memset(block_of(layer.values, slot), 0, size);
+  }
+  // Writes one head of a token's key or value; they come as floats.
+  void write_key(const LayerWeights& layer, long token, long head, const float* key) const {
+    long slot = s.slots[token], dim = d.head_dim;
+    element* k = block_of(layer.keys, slot) + head * BLOCK * dim + slot % BLOCK * T::PAIR;
+    element rounded[MAX_HEAD_DIM];
+    for (long i = 0; i < dim; i += LANES) T::keep(rounded + i, load<floats>(key + i));
+    for (long i = 0; i < dim; i += T::PAIR) memcpy(k + i * BLOCK, rounded + i, T::PAIR * sizeof(element));
+  }
+  void write_value(const LayerWeights& layer, long token, long head, const float* value) const {
+    long slot = s.slots[token], lane = slot % BLOCK, dim = d.head_dim;
+    element* v = block_of(layer.values, slot) + head * BLOCK * dim + lane / T::PAIR * dim * T::PAIR + lane % T::PAIR;
+    element rounded[MAX_HEAD_DIM];
+    for (long i = 0; i < dim; i += LANES) T::keep(rounded + i, load<floats>(value + i));
+    for (long i = 0; i < dim; i++) v[i * T::PAIR] = rounded[i];
+  }
+  // What a token's query, key and value become after their product: [num_columns] from `column` on, whole heads.
+  void take_heads(const LayerWeights& layer, long token, long column, long num_columns, float* row, operand* queries) const {
+    long dim = d.head_dim, num_heads = d.num_heads;
+    for (long end = column + num_columns; column < end; column += dim, row += dim) {
+      if (layer.query_key_value_bias)
+        for (long i = 0; i < dim; i += LANES) store(row + i, load<floats>(row + i) + load<floats>(layer.query_key_value_bias + column + i));
+      long h = column / dim;
+      if (h >= num_heads + d.num_kv_heads) {
+        write_value(layer, token, h - num_heads - d.num_kv_heads, row);
+        continue;
       }
+      const float* norm = h < num_heads ? layer.query_norm : layer.key_norm;
+      if (norm) normalise_head(row, norm, dim, d.epsilon);
+      rotate(row, s.positions[token]);
+      if (h >= num_heads) write_key(layer, token, h - num_heads, row);
+      else
+        for (long i = 0; i < dim; i += LANES) T::put(queries + (token * num_heads + h) * dim + i, load<floats>(row + i));
     }
   }
 
@@ -250,10 +310,10 @@ template <class T> struct Runner {
 
   static constexpr int QUERY_ROWS = 48;
   struct Scratch {
-    operand query[QUERY_ROWS * 256];
+    operand query[QUERY_ROWS * MAX_HEAD_DIM];
     float scores[QUERY_ROWS * CHUNK];
     operand weights[QUERY_ROWS * CHUNK];
-    float acc[QUERY_ROWS * 256];
+    float acc[QUERY_ROWS * MAX_HEAD_DIM];
     floats totals[QUERY_ROWS];
     float highest[QUERY_ROWS];
     long last[QUERY_ROWS];
@@ -374,12 +434,14 @@ template <class T> struct Runner {
     long query_size = d.num_heads * dim, key_size = d.num_kv_heads * dim, fused = query_size + 2 * key_size;
     float* x = memory.take<float>(n * hidden);
     operand* normed = memory.take<operand>(n * hidden);
-    float* projected = memory.take<float>(n * fused);
     operand* queries = memory.take<operand>(n * query_size);
     operand* attended = memory.take<operand>(n * query_size);
     operand* activated = memory.take<operand>(n * d.intermediate);
     operand* last = memory.take<operand>(s.num_logit_rows * hidden);
     Scratch* scratch = memory.take<Scratch>(pool.size());
+    // Of a head's panels none is in another task.
+    long panels_of_heads = dim / greatest_common_divisor(dim, PANEL), most_columns = most_panels(panels_of_heads) * PANEL;
+    float* projected = memory.take<float>(pool.size() * MOST_ROWS * most_columns);
     long widest = d.intermediate > query_size ? d.intermediate : query_size;
     if (widest < hidden) widest = hidden;
     if (d.layers[0].down.format != FULL || d.output.format != FULL) {
@@ -390,14 +452,6 @@ template <class T> struct Runner {
     }
     if (counting) return;
 
-    // Tokens that go into one block belong to one task, since the first of them clears the block.
-    std::vector<std::pair<long, long>> writes;
-    for (long t = 0; t < n;) {
-      long next = t + 1;
-      while (next < n && s.slots[next] == s.slots[next - 1] + 1 && s.slots[next] % BLOCK) next++;
-      writes.emplace_back(t, next);
-      t = next;
-    }
     // The last queries of a span have the most keys, so they go first.
     long group = d.num_heads / d.num_kv_heads, queries_per_task = QUERY_ROWS / group;
     std::vector<std::pair<long, long>> tiles;
@@ -413,32 +467,22 @@ template <class T> struct Runner {
     for (long l = 0; l < d.num_layers; l++) {
       const LayerWeights& layer = d.layers[l];
       pool.run(divide_up(n, 8), [&](long task, int) {
-        for (long t = task * 8; t < n && t < task * 8 + 8; t++) normalise(x + t * hidden, layer.input_norm, hidden, d.epsilon, normed + t * hidden);
-      });
-      product(normed, hidden, layer.query_key_value, fused, n, [&](long row, long panel, floats left, floats right) {
-        long c = panel * PANEL;
-        if (layer.query_key_value_bias) {
-          left = left + load<floats>(layer.query_key_value_bias + c);
-          if (c + LANES < fused) right = right + load<floats>(layer.query_key_value_bias + c + LANES);
-        }
-        store(projected + row * fused + c, left);
-        if (c + LANES < fused) store(projected + row * fused + c + LANES, right);
-      });
-      pool.run(divide_up(n, 4), [&](long task, int) {
-        for (long t = task * 4; t < n && t < task * 4 + 4; t++) {
-          float* row = projected + t * fused;
-          for (long h = 0; h < d.num_heads + d.num_kv_heads; h++) {
-            const float* norm = h < d.num_heads ? layer.query_norm : layer.key_norm;
-            if (norm) normalise_head(row + h * dim, norm, dim, d.epsilon);
-            rotate(row + h * dim, s.positions[t]);
-          }
-          for (long i = 0; i < query_size; i += LANES) T::put(queries + t * query_size + i, load<floats>(row + i));
+        for (long t = task * 8; t < n && t < task * 8 + 8; t++) {
+          normalise(x + t * hidden, layer.input_norm, hidden, d.epsilon, normed + t * hidden);
+          clear_blocks(layer, t);
         }
       });
-      pool.run((long)writes.size(), [&](long i, int) {
-        for (long t = writes[i].first; t < writes[i].second; t++)
-          write_keys(layer, t, projected + t * fused + query_size, projected + t * fused + query_size + key_size);
-      });
+      product(normed, hidden, layer.query_key_value, fused, n, panels_of_heads,
+              [&](const Task& task, long row, long panel, floats left, floats right) {
+                float* p = projected + (task.thread * MOST_ROWS + task.row_in_task(row)) * most_columns + task.column_in_task(panel);
+                store(p, left);
+                store(p + LANES, right);
+              },
+              [&](const Task& task) {
+                long first = task.first_panel * PANEL, last = task.last_panel * PANEL < fused ? task.last_panel * PANEL : fused;
+                for (long i = 0; i < task.num_rows; i++)
+                  take_heads(layer, task.first_row + i, first, last - first, projected + (task.thread * MOST_ROWS + i) * most_columns, queries);
+              });
       pool.run(num_tiles * head_tasks, [&](long task, int thread) {
         auto [i, q] = tiles[num_tiles - 1 - task / head_tasks];
         const Span& span = s.spans[i];

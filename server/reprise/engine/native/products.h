@@ -44,8 +44,8 @@ struct BFloat16 {
   static inline void put(operand* p, floats v) { store(p, v); }
   static inline floats lanes(const operand* p) { return load<floats>(p); }
 #endif
+  static inline void keep(element* p, floats v) { put_bfloat16(p, v); }
   static inline float value(element e) { return from_bfloat16(e); }
-  static inline element element_of(float f) { return to_bfloat16(f); }
 };
 
 struct Float32 {
@@ -58,8 +58,8 @@ struct Float32 {
   static inline floats add_products(floats acc, floats a, floats b) { return acc + a * b; }
   static inline void put(operand* p, floats v) { store(p, v); }
   static inline floats lanes(const operand* p) { return load<floats>(p); }
+  static inline void keep(element* p, floats v) { store(p, v); }
   static inline float value(element e) { return e; }
-  static inline element element_of(float f) { return f; }
 };
 
 // Where a weight lies. Its two groups of 16 columns are side by side, [inner / PAIR][32][PAIR], where a tile takes both at
@@ -75,15 +75,20 @@ template <class T> struct Panels {
   }
 };
 
-// What is fetched from memory while something else is computed: so many bytes in each step of it, up to two lines.
+// What is fetched from memory while something else is computed, so many bytes in each step of it.
 struct Fetch {
-  static constexpr long LINE = 64;
+  static constexpr long LINE = 64, AHEAD = 4096;
   const char* from;
   long bytes;
   inline void next() {
-    __builtin_prefetch(from, 0, 3);
-    __builtin_prefetch(from + LINE, 0, 3);
+    for (long line = 0; line < bytes; line += LINE) __builtin_prefetch(from + line);
     from += bytes;
+  }
+  // For a tile of a product that takes so many bytes in each of num_steps steps from `now` on: its share of what is read
+  // `next`; where it is the only tile, what it reads a little later itself.
+  static inline Fetch of_tile(const void* now, const void* next, long bytes, long num_steps, long first_row, long rows, long num_rows) {
+    if (rows == num_rows) return {(const char*)now + AHEAD, bytes};
+    return {(const char*)next + first_row * bytes * num_steps / num_rows, divide_up(rows * bytes, num_rows)};
   }
 };
 struct NoFetch {
@@ -162,24 +167,24 @@ template <int MOST, class F> inline void in_tiles(long num_rows, const F& f) {
 }
 
 // Rows of x times a panel. `apply(row, left, right)` takes the sums of its two groups. The panel that is read `next` is
-// fetched meanwhile; where there is one tile, what is read a little later.
+// fetched meanwhile.
 template <class T, class F>
 inline void rows_times_panel(const typename T::operand* x, long stride, const typename T::element* panel,
                              const typename T::element* next, long inner, long num_rows, F apply) {
   long step = Panels<T>::STEP, num_inner = inner / T::PAIR, to_next_group = Panels<T>::to_next_group(inner);
-  long bytes = step * sizeof(typename T::element);
   in_tiles<TILE>(num_rows, [&](auto count, long m) {
     constexpr int ROWS = count();
-    Fetch fetch = ROWS == num_rows ? Fetch{(const char*)panel + 4096, bytes}
-                                   : Fetch{(const char*)next + m * bytes * num_inner / num_rows, ROWS * bytes / num_rows};
+    auto fetch = [&](long group) {
+      return Fetch::of_tile(panel + group, next + group, step * sizeof(typename T::element), num_inner, m, ROWS, num_rows);
+    };
     if constexpr (2 * ROWS <= NUM_SUMS - (T::PARTS > 1 ? 2 : 0)) {
       floats sums[ROWS][2] = {};
-      add_columns<T, ROWS, 2>(x + m * stride, stride, panel, step, to_next_group, num_inner, sums, fetch);
+      add_columns<T, ROWS, 2>(x + m * stride, stride, panel, step, to_next_group, num_inner, sums, fetch(0));
       for (int i = 0; i < ROWS; i++) apply(m + i, sums[i][0], sums[i][1]);
     } else {
       floats left[ROWS][1] = {}, right[ROWS][1] = {};
-      add_columns<T, ROWS, 1>(x + m * stride, stride, panel, step, to_next_group, num_inner, left, fetch);
-      add_columns<T, ROWS, 1>(x + m * stride, stride, panel + to_next_group, step, to_next_group, num_inner, right, fetch);
+      add_columns<T, ROWS, 1>(x + m * stride, stride, panel, step, to_next_group, num_inner, left, fetch(0));
+      add_columns<T, ROWS, 1>(x + m * stride, stride, panel + to_next_group, step, to_next_group, num_inner, right, fetch(to_next_group));
       for (int i = 0; i < ROWS; i++) apply(m + i, left[i][0], right[i][0]);
     }
   });

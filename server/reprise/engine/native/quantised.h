@@ -65,18 +65,16 @@ struct Int4 {
   static long strip_bytes(long inner) { return inner / GROUP * BYTES; }
 };
 
-// sums[ROWS][STRIPS] = ROWS rows times the 16 columns of each strip.
+// sums[ROWS][STRIPS] = ROWS rows times the 16 columns of each strip. `fetches` take a step with each group.
 template <class Q, int ROWS, int STRIPS>
 inline __attribute__((always_inline)) void multiply(const RoundedRow* rows, const uint8_t* strip, long inner,
-                                                    floats (&sums)[ROWS][STRIPS]) {
+                                                    floats (&sums)[ROWS][STRIPS], Fetch (&fetches)[STRIPS]) {
   const long next = Q::strip_bytes(inner);
   auto add_group = [&](long g, int num_loads) __attribute__((always_inline)) {
     typename Q::Sums totals[ROWS][STRIPS];
     for (int i = 0; i < ROWS; i++)
       for (int s = 0; s < STRIPS; s++) totals[i][s].begin(rows[i].sums[g]);
-    if (ROWS <= 2)
-      for (int s = 0; s < STRIPS; s++)
-        for (int line = 0; line < Q::BYTES; line += 64) __builtin_prefetch(strip + s * next + 4096 + line);
+    for (auto& fetch : fetches) fetch.next();
 #pragma GCC unroll 8
     for (int n = 0; n < num_loads; n++) {
       bytes loaded[STRIPS];
@@ -107,17 +105,23 @@ inline __attribute__((always_inline)) void multiply(const RoundedRow* rows, cons
 
 // As the other `rows_times_panel`.
 template <class Q, class F>
-inline void rounded_rows_times_panel(const RoundedRow* rows, const uint8_t* panel, long inner, long num_rows, F apply) {
+inline void rounded_rows_times_panel(const RoundedRow* rows, const uint8_t* panel, const uint8_t* next, long inner,
+                                     long num_rows, F apply) {
+  long to_next_strip = Q::strip_bytes(inner);
   in_tiles<6>(num_rows, [&](auto count, long m) {
     constexpr int ROWS = count();
+    Fetch fetches[2];
+    for (int s = 0; s < 2; s++)
+      fetches[s] = Fetch::of_tile(panel + s * to_next_strip, next + s * to_next_strip, Q::BYTES, inner / GROUP, m, ROWS, num_rows);
     if constexpr (2 * ROWS <= NUM_SUMS / 2) {
       floats sums[ROWS][2] = {};
-      multiply<Q, ROWS, 2>(rows + m, panel, inner, sums);
+      multiply<Q, ROWS, 2>(rows + m, panel, inner, sums, fetches);
       for (int i = 0; i < ROWS; i++) apply(m + i, sums[i][0], sums[i][1]);
     } else {
       floats left[ROWS][1] = {}, right[ROWS][1] = {};
-      multiply<Q, ROWS, 1>(rows + m, panel, inner, left);
-      multiply<Q, ROWS, 1>(rows + m, panel + Q::strip_bytes(inner), inner, right);
+      Fetch first[1] = {fetches[0]}, second[1] = {fetches[1]};
+      multiply<Q, ROWS, 1>(rows + m, panel, inner, left, first);
+      multiply<Q, ROWS, 1>(rows + m, panel + to_next_strip, inner, right, second);
       for (int i = 0; i < ROWS; i++) apply(m + i, left[i][0], right[i][0]);
     }
   });
