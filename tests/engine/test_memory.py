@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from reprise.engine.memory import MappedFiles, zeros
+from reprise.engine.memory import MappedFiles, Reservation, zeros
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc tells it")
 SIZE = 1 << 25
@@ -31,6 +31,37 @@ def test_zeros_take_no_memory_until_they_are_written() -> None:
     tensor += 1
     assert resident("RssAnon") - before > SIZE // 2
     assert (tensor == 1).all()
+
+
+def test_reserved_memory_is_taken_and_keeps_what_was_written() -> None:
+    tensors = [zeros(SIZE, torch.uint8), zeros(SIZE // 2, torch.uint8)]
+    tensors[0][5] = 7
+    before = resident("RssAnon")
+    reservation = Reservation(tensors)
+    reservation.advance(0)
+    assert resident("RssAnon") - before < SIZE // 2
+    while not reservation.is_complete:
+        reservation.advance(0.01)
+    assert resident("RssAnon") - before > SIZE
+    assert tensors[0][5] == 7
+    assert tensors[0].sum() == 7
+    assert not tensors[1].any()
+
+
+def test_memory_is_taken_from_all_tensors_side_by_side() -> None:
+    tensors = [zeros(SIZE, torch.uint8), zeros(Reservation.PIECE, torch.uint8)]
+    reservation = Reservation([*tensors, torch.empty(3)])
+    first = [tensor.data_ptr() for tensor in tensors]
+    taken = [start for start, _ in reservation._pieces]
+    assert taken[:2] == first
+    assert taken.count(first[0] + Reservation.PIECE) == 1
+    assert len(taken) == SIZE // Reservation.PIECE + 2
+
+
+def test_nothing_to_reserve_is_complete_at_once() -> None:
+    reservation = Reservation([])
+    reservation.advance(1)
+    assert reservation.is_complete
 
 
 def test_more_than_there_is_is_a_memory_error() -> None:

@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from reprise.engine.process import EXIT_FAILED
 from reprise.ipc.messages import Add, EngineConfig, FromEngine, Heartbeat, Ready, Start, StepOutput
 from reprise.ipc.transport import BlockingConnection, ConnectionClosed
+from reprise.settings import Settings
 from reprise.types import FinishReason
 from support.engine_driver import greedy
 
@@ -42,6 +44,35 @@ def test_an_engine_started_by_hand_loads_generates_and_ends_with_its_peer(
         assert [o.sequence_id for o in outputs] == [7, 7, 7]
         assert outputs[-1].finish_reason is FinishReason.LENGTH
         connection.close()
+        assert process.wait(10) == 0
+
+
+def resident_bytes(process: subprocess.Popen[bytes]) -> int:
+    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells it")
+@pytest.mark.parametrize("reserves", [True, False])
+def test_an_idle_engine_takes_the_memory_of_its_pool_where_it_is_told_to(*, reserves: bool) -> None:
+    config = Settings(model="pocket", kv_cache_memory=128 << 20, max_num_seqs=2000, num_threads=1).engine_config()
+    assert config.reserve_kv_cache
+    ours, theirs = socket.socketpair()
+    command = [sys.executable, "-m", "reprise.engine", "--fd", str(theirs.fileno())]
+    with subprocess.Popen(command, pass_fds=[theirs.fileno()]) as process, ours:
+        theirs.close()
+        connection: BlockingConnection[FromEngine] = BlockingConnection(ours, FromEngine)
+        connection.send(Start(msgspec.structs.replace(config, device="cpu", reserve_kv_cache=reserves), None))
+        messages: list[FromEngine] = []
+        while not any(isinstance(message, Ready) for message in messages):
+            messages += connection.receive(60.0)
+        at_first = resident_bytes(process)
+        ready = next(message for message in messages if isinstance(message, Ready))
+        while not isinstance(messages[-1], StepOutput):
+            messages += connection.receive(60.0)
+        assert ready.kv_cache_memory > 100 << 20
+        assert (resident_bytes(process) - at_first > ready.kv_cache_memory // 2) == reserves
+        ours.close()
         assert process.wait(10) == 0
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from reprise.engine.alone_runner import AloneRunner
@@ -90,6 +90,8 @@ class Execution:
     selection: Selection
     check: Callable[[], Repeatability]
     """Whether its answers repeat: some forwards."""
+    key_value_memory: Sequence[Tensor] = ()
+    """What is known of it beforehand."""
 
 
 def choose_execution(
@@ -176,6 +178,7 @@ def native_paged(
         runner=NativeRunner(decoder, block_size),
         selection=NativeSelection(context),
         check=lambda: check_runner(checker, decoder.vocab_size, min(max_model_len, pool.num_tokens)),
+        key_value_memory=decoder.key_value_memory,
     )
 
 
@@ -263,6 +266,7 @@ def torch_paged(
         runner=PagedRunner(model, cache, pool.block_size, fixed_order=fixed_order),
         selection=choose_selection(config, device),
         check=lambda: check_paged(model, tier.shapes, min(max_model_len, pool.num_tokens), fixed_order=fixed_order),
+        key_value_memory=cache.memory,
     )
 
 

@@ -49,6 +49,11 @@ class KVCache:
     def bytes_per_token(self) -> int:
         return sum(shape.bytes_per_token for shape in self.shapes.values())
 
+    @property
+    def memory(self) -> list[Tensor]:
+        """All keys and values."""
+        return [tensor for pair in self._layers.values() for tensor in pair]
+
     def layer(self, module: nn.Module, key: Tensor, value: Tensor, sliding_window: int | None) -> tuple[Tensor, Tensor]:
         """The keys and values of a layer, by the attention module that owns it. `key`: [T, heads, dim]."""
         if module not in self._layers:

@@ -7,13 +7,13 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from reprise.engine.execution import MAX_DRAFT_ROWS, Execution, NativeMismatchError, checked, choose_execution
@@ -54,6 +54,8 @@ class LoadedModel:
     """Whether guesses come from what was said before."""
     draft: LoadedModel | None = None
     """Whose guesses they are."""
+    reserved: Sequence[Tensor] = ()
+    """Memory to take while there is nothing else to do."""
 
 
 def load(config: EngineConfig, progress: Progress) -> LoadedModel:
@@ -121,6 +123,7 @@ def load(config: EngineConfig, progress: Progress) -> LoadedModel:
         *(execution.runner, execution.selection, limits, pool.num_blocks, pool.block_size, ready, num_token_ids),
         looks_up=config.speculate == "ngram",
         draft=draft,
+        reserved=[*execution.key_value_memory, *(draft.reserved if draft else ())] if config.reserve_kv_cache else (),
     )
 
 

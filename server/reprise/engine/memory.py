@@ -6,7 +6,9 @@ import ctypes
 import gc
 import mmap
 import os
+import time
 from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -96,6 +98,47 @@ class Arena:
         start, self._used = self._used, self._used + self.rounded(num_bytes)
         assert self._used <= self._memory.shape[0]
         return self._memory[start : start + num_bytes]
+
+
+class Reservation:
+    """Memory of tensors that is taken before they are written, a little at a time while nothing else is to be done.
+
+    Whoever writes a page first waits until the system has found and cleared it: milliseconds for each of the large ones
+    where a virtual machine gets its memory when it is touched. The tensors are filled side by side, so what has
+    been taken are the beginnings of them all. No effect where the system does not know of it, or has no memory left.
+    """
+
+    PIECE = 2 << 20
+    """Bytes that are taken at once: a large page."""
+    _MADV_POPULATE_WRITE = 23
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._pieces = self._in_pieces(
+            [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors if t.device.type == "cpu"]
+        )
+        self.is_complete = False
+        self._madvise = getattr(ctypes.CDLL(None), "madvise", None)
+
+    def advance(self, seconds: float) -> None:
+        """Take memory for about so long."""
+        end = time.monotonic() + seconds
+        while not self.is_complete and time.monotonic() < end:
+            piece = next(self._pieces, None)
+            self.is_complete = piece is None or not self._take(*piece)
+
+    @classmethod
+    def _in_pieces(cls, spans: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+        for offset in range(0, max((end - start for start, end in spans), default=0), cls.PIECE):
+            for start, end in spans:
+                if start + offset < end:
+                    yield start + offset, min(start + offset + cls.PIECE, end)
+
+    def _take(self, start: int, end: int) -> bool:
+        first, last = start // mmap.PAGESIZE * mmap.PAGESIZE, -(-end // mmap.PAGESIZE) * mmap.PAGESIZE
+        if self._madvise is None:
+            return False
+        arguments = (ctypes.c_void_p(first), ctypes.c_size_t(last - first), ctypes.c_int(self._MADV_POPULATE_WRITE))
+        return bool(self._madvise(*arguments) == 0)
 
 
 class MappedFiles:

@@ -18,6 +18,7 @@ from reprise.engine.core import EngineCore
 from reprise.engine.draft_model import DraftModel
 from reprise.engine.drafter import Drafter, Guesser
 from reprise.engine.loader import LoadedModel, load
+from reprise.engine.memory import Reservation
 from reprise.engine.prediction import Prediction
 from reprise.engine.prompt_lookup import PromptLookup
 from reprise.engine.pulse import Pulse
@@ -38,6 +39,8 @@ from reprise.ipc.transport import BlockingConnection, ConnectionClosed, Protocol
 
 IDLE_SECONDS = 1.0
 """How often an engine that has nothing to do says so."""
+RESERVING_SECONDS = 0.005
+"""How long a request may wait for an engine that takes memory meanwhile."""
 EXIT_FAILED = 1
 
 logger = logging.getLogger(__name__)
@@ -63,9 +66,9 @@ def run_engine(sock: socket.socket) -> None:
         first: list[ToEngine] = []
         while not first:
             first = connection.receive(IDLE_SECONDS)
-        core = _load(first[0], connection)
-        if core is not None:
-            _loop(core, connection, first[1:])
+        loaded = _load(first[0], connection)
+        if loaded is not None:
+            _loop(*loaded, connection, first[1:])
     except ConnectionClosed:
         logger.debug("the API process is gone")
     except Exception as error:  # noqa: BLE001 # whatever it is, the process must end, and at once: no clean-up on a lost device
@@ -104,7 +107,7 @@ def build_drafter(loaded: LoadedModel) -> Drafter:
     return Drafter(guessers, loaded.num_token_ids)
 
 
-def _load(message: ToEngine, connection: BlockingConnection[ToEngine]) -> EngineCore | None:
+def _load(message: ToEngine, connection: BlockingConnection[ToEngine]) -> tuple[EngineCore, Reservation] | None:
     if not isinstance(message, Start):
         raise ProtocolError("the first message must be Start")
 
@@ -126,14 +129,20 @@ def _load(message: ToEngine, connection: BlockingConnection[ToEngine]) -> Engine
         return None
     core = build_core(loaded, message.token_bytes)
     connection.send(loaded.ready)
-    return core
+    return core, Reservation(loaded.reserved)
 
 
-def _loop(core: EngineCore, connection: BlockingConnection[ToEngine], pending: list[ToEngine]) -> None:
+def _loop(
+    core: EngineCore, reservation: Reservation, connection: BlockingConnection[ToEngine], pending: list[ToEngine]
+) -> None:
     step_seconds = 0.0
     was_busy = False
     while True:
-        messages = [*pending, *connection.receive(0 if core.has_work or was_busy else IDLE_SECONDS)]
+        is_idle = not (core.has_work or was_busy or pending)
+        messages = [*pending, *connection.receive(IDLE_SECONDS if is_idle and reservation.is_complete else 0)]
+        if is_idle and not messages and not reservation.is_complete:
+            reservation.advance(RESERVING_SECONDS)
+            continue
         pending = []
         outputs = _take_in(core, messages)
         has_work = core.has_work

@@ -36,6 +36,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int = 16
     kv_cache_memory: int | None = None
     """Bytes of the KV pool; None chooses from the memory at hand."""
+    reserve_kv_cache: bool = False
+    """Whether the engine takes the pool's memory while it has nothing else to do."""
     gpu_memory_utilization: float = 0.9
     prefix_cache: bool = True
     speculate: Literal["none", "ngram", "draft"] = "none"

@@ -106,6 +106,7 @@ class NativeDecoder:
         size = self.num_slots * config.num_key_value_heads * head_dim
         # One memory for all layers, of which a page is taken when its slots are first written.
         pool = torch.split(zeros(2 * size * len(layers), self._dtype), size)
+        self.key_value_memory = pool
         for index, (layer, weights, window) in enumerate(zip(parts.layers, layers, windows, strict=True)):
             self._fill(layer, weights, window)
             weights.keys, weights.values = map(self._keep, pool[2 * index : 2 * index + 2])
