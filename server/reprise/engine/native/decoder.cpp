@@ -126,18 +126,21 @@ template <class T> struct Runner {
     long column_in_task(long panel) const { return (panel - first_panel) * PANEL; }
   };
   static constexpr long MOST_ROWS = 96;
+  // Where others read the same panels for other rows, so that those are still near.
   static constexpr long MOST_PANELS = 8;
-  // Of a task, where so many belong together.
-  static long most_panels(long together) { return divide_up(MOST_PANELS, together) * together; }
 
-  // Calls f(task, panel, the next panel) for all of a product, and done(task) where it is complete. So many panels
-  // `together` are never in two tasks.
+  // Panels of a task, of which so many `together` are never in two.
+  long panels_of_task(long num_panels, long row_tasks, long together) const {
+    long share = divide_up(num_panels, divide_up(8L * pool.size(), row_tasks));
+    if (row_tasks > 1 && share > MOST_PANELS) share = MOST_PANELS;
+    return divide_up(share, together) * together;
+  }
+
+  // Calls f(task, panel, the next panel) for all of a product, and done(task) where it is complete.
   template <class F, class G> void in_tasks(long columns, long num_rows, long together, const F& f, const G& done) {
     long num_panels = divide_up(columns, PANEL);
     long row_tasks = divide_up(num_rows, MOST_ROWS), row_chunk = divide_up(num_rows, row_tasks);
-    long wanted = divide_up(8L * pool.size(), row_tasks);
-    long panel_chunk = divide_up(divide_up(num_panels, wanted), together) * together;
-    if (panel_chunk > most_panels(together)) panel_chunk = most_panels(together);
+    long panel_chunk = panels_of_task(num_panels, row_tasks, together);
     long panel_tasks = divide_up(num_panels, panel_chunk);
     pool.run(panel_tasks * row_tasks, [&](long number, int thread) {
       long panel = number / row_tasks * panel_chunk, row = number % row_tasks * row_chunk;
@@ -440,7 +443,8 @@ template <class T> struct Runner {
     operand* last = memory.take<operand>(s.num_logit_rows * hidden);
     Scratch* scratch = memory.take<Scratch>(pool.size());
     // Of a head's panels none is in another task.
-    long panels_of_heads = dim / greatest_common_divisor(dim, PANEL), most_columns = most_panels(panels_of_heads) * PANEL;
+    long panels_of_heads = dim / greatest_common_divisor(dim, PANEL);
+    long most_columns = panels_of_task(divide_up(fused, PANEL), divide_up(n, MOST_ROWS), panels_of_heads) * PANEL;
     float* projected = memory.take<float>(pool.size() * MOST_ROWS * most_columns);
     long widest = d.intermediate > query_size ? d.intermediate : query_size;
     if (widest < hidden) widest = hidden;

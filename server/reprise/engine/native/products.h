@@ -80,15 +80,22 @@ struct Fetch {
   static constexpr long LINE = 64, AHEAD = 4096;
   const char* from;
   long bytes;
-  inline void next() {
-    for (long line = 0; line < bytes; line += LINE) __builtin_prefetch(from + line);
-    from += bytes;
-  }
   // For a tile of a product that takes so many bytes in each of num_steps steps from `now` on: its share of what is read
   // `next`; where it is the only tile, what it reads a little later itself.
   static inline Fetch of_tile(const void* now, const void* next, long bytes, long num_steps, long first_row, long rows, long num_rows) {
     if (rows == num_rows) return {(const char*)now + AHEAD, bytes};
     return {(const char*)next + first_row * bytes * num_steps / num_rows, divide_up(rows * bytes, num_rows)};
+  }
+};
+// Several streams at once, of at most LINES lines in a step.
+template <int STREAMS, int LINES> struct Fetches {
+  Fetch of[STREAMS];
+  inline __attribute__((always_inline)) void next() {
+    for (auto& fetch : of) {
+#pragma GCC unroll 8
+      for (int line = 0; line < LINES; line++) __builtin_prefetch(fetch.from + line * Fetch::LINE);
+      fetch.from += fetch.bytes;
+    }
   }
 };
 struct NoFetch {
@@ -174,17 +181,20 @@ inline void rows_times_panel(const typename T::operand* x, long stride, const ty
   long step = Panels<T>::STEP, num_inner = inner / T::PAIR, to_next_group = Panels<T>::to_next_group(inner);
   in_tiles<TILE>(num_rows, [&](auto count, long m) {
     constexpr int ROWS = count();
-    auto fetch = [&](long group) {
-      return Fetch::of_tile(panel + group, next + group, step * sizeof(typename T::element), num_inner, m, ROWS, num_rows);
-    };
+    constexpr long BYTES = Panels<T>::STEP * sizeof(typename T::element);
+    auto fetch = [&](long group) { return Fetch::of_tile(panel + group, next + group, BYTES, num_inner, m, ROWS, num_rows); };
+    constexpr int LINES = BYTES / Fetch::LINE, STREAMS = Panels<T>::SIDE_BY_SIDE ? 1 : 2;
     if constexpr (2 * ROWS <= NUM_SUMS - (T::PARTS > 1 ? 2 : 0)) {
       floats sums[ROWS][2] = {};
-      add_columns<T, ROWS, 2>(x + m * stride, stride, panel, step, to_next_group, num_inner, sums, fetch(0));
+      Fetches<STREAMS, LINES> fetches;
+      for (int f = 0; f < STREAMS; f++) fetches.of[f] = fetch(f * to_next_group);
+      add_columns<T, ROWS, 2>(x + m * stride, stride, panel, step, to_next_group, num_inner, sums, fetches);
       for (int i = 0; i < ROWS; i++) apply(m + i, sums[i][0], sums[i][1]);
     } else {
       floats left[ROWS][1] = {}, right[ROWS][1] = {};
-      add_columns<T, ROWS, 1>(x + m * stride, stride, panel, step, to_next_group, num_inner, left, fetch(0));
-      add_columns<T, ROWS, 1>(x + m * stride, stride, panel + to_next_group, step, to_next_group, num_inner, right, fetch(to_next_group));
+      add_columns<T, ROWS, 1>(x + m * stride, stride, panel, step, to_next_group, num_inner, left, Fetches<1, LINES>{fetch(0)});
+      add_columns<T, ROWS, 1>(x + m * stride, stride, panel + to_next_group, step, to_next_group, num_inner, right,
+                              Fetches<1, LINES>{fetch(to_next_group)});
       for (int i = 0; i < ROWS; i++) apply(m + i, left[i][0], right[i][0]);
     }
   });

@@ -66,15 +66,15 @@ struct Int4 {
 };
 
 // sums[ROWS][STRIPS] = ROWS rows times the 16 columns of each strip. `fetches` take a step with each group.
-template <class Q, int ROWS, int STRIPS>
+template <class Q, int ROWS, int STRIPS, class F>
 inline __attribute__((always_inline)) void multiply(const RoundedRow* rows, const uint8_t* strip, long inner,
-                                                    floats (&sums)[ROWS][STRIPS], Fetch (&fetches)[STRIPS]) {
+                                                    floats (&sums)[ROWS][STRIPS], F fetches) {
   const long next = Q::strip_bytes(inner);
   auto add_group = [&](long g, int num_loads) __attribute__((always_inline)) {
     typename Q::Sums totals[ROWS][STRIPS];
     for (int i = 0; i < ROWS; i++)
       for (int s = 0; s < STRIPS; s++) totals[i][s].begin(rows[i].sums[g]);
-    for (auto& fetch : fetches) fetch.next();
+    fetches.next();
 #pragma GCC unroll 8
     for (int n = 0; n < num_loads; n++) {
       bytes loaded[STRIPS];
@@ -110,18 +110,16 @@ inline void rounded_rows_times_panel(const RoundedRow* rows, const uint8_t* pane
   long to_next_strip = Q::strip_bytes(inner);
   in_tiles<6>(num_rows, [&](auto count, long m) {
     constexpr int ROWS = count();
-    Fetch fetches[2];
-    for (int s = 0; s < 2; s++)
-      fetches[s] = Fetch::of_tile(panel + s * to_next_strip, next + s * to_next_strip, Q::BYTES, inner / GROUP, m, ROWS, num_rows);
+    auto fetch = [&](long strip) { return Fetch::of_tile(panel + strip, next + strip, Q::BYTES, inner / GROUP, m, ROWS, num_rows); };
+    constexpr int LINES = (Q::BYTES + Fetch::LINE - 1) / Fetch::LINE;
     if constexpr (2 * ROWS <= NUM_SUMS / 2) {
       floats sums[ROWS][2] = {};
-      multiply<Q, ROWS, 2>(rows + m, panel, inner, sums, fetches);
+      multiply<Q, ROWS, 2>(rows + m, panel, inner, sums, Fetches<2, LINES>{fetch(0), fetch(to_next_strip)});
       for (int i = 0; i < ROWS; i++) apply(m + i, sums[i][0], sums[i][1]);
     } else {
       floats left[ROWS][1] = {}, right[ROWS][1] = {};
-      Fetch first[1] = {fetches[0]}, second[1] = {fetches[1]};
-      multiply<Q, ROWS, 1>(rows + m, panel, inner, left, first);
-      multiply<Q, ROWS, 1>(rows + m, panel + to_next_strip, inner, right, second);
+      multiply<Q, ROWS, 1>(rows + m, panel, inner, left, Fetches<1, LINES>{fetch(0)});
+      multiply<Q, ROWS, 1>(rows + m, panel + to_next_strip, inner, right, Fetches<1, LINES>{fetch(to_next_strip)});
       for (int i = 0; i < ROWS; i++) apply(m + i, left[i][0], right[i][0]);
     }
   });
