@@ -254,7 +254,7 @@ def test_no_notice_by_default() -> None:
 
 def test_engine_config_takes_over_every_field_that_the_engine_knows() -> None:
     config = Settings(model="m", block_size=8, kv_cache_memory="1GiB", num_threads=3).engine_config()
-    assert config == EngineConfig(model="m", block_size=8, kv_cache_memory=2**30, reserve_kv_cache=True, num_threads=3)
+    assert config == EngineConfig(model="m", block_size=8, kv_cache_memory=2**30, num_threads=3)
 
 
 def test_engine_defaults_are_the_settings_defaults() -> None:

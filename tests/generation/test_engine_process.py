@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 
 from reprise.generation import fork_server
 from reprise.generation.engine_process import EngineEntry, EngineProcess
-from reprise.ipc.messages import LoadFailed
+from reprise.ipc.messages import FromEngine, LoadFailed
 from support import engine_lives
 from support.engine_processes import process_state
 from support.fork_servers import fork_server_pid, kill_fork_server, stop_fork_server
@@ -60,6 +61,42 @@ async def test_it_tells_how_it_ended(exit_code: int, how: str) -> None:
     assert await process.read() == []
     assert await process.end() == how
     assert not process.was_killed
+
+
+async def read_all(process: EngineProcess) -> list[FromEngine]:
+    found: list[FromEngine] = []
+    while messages := await process.read():
+        found += messages
+    return found
+
+
+EVENT_LOOPS = pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": on}) for on in (False, True)])
+
+
+@EVENT_LOOPS
+async def test_its_last_words_are_heard_though_it_did_not_read_what_it_was_told() -> None:
+    """Its end of the channel is reset then, maybe before what it had said is read here."""
+    process = await start(engine_lives.end_with_a_message_unread)
+    process.send(LoadFailed("not read"))
+    for _ in range(1000):
+        if process_state(process.pid) in {"", "Z"}:
+            break
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.05)
+    assert await read_all(process) == [LoadFailed("1"), LoadFailed("2")]
+    assert await process.end() == "with exit code 0"
+
+
+@EVENT_LOOPS
+async def test_its_last_words_are_heard_though_it_is_told_something_after_its_end() -> None:
+    process = await start(partial(engine_lives.send_and_end, 0))
+    while process_state(process.pid) not in {"", "Z"}:
+        time.sleep(0.01)  # noqa: ASYNC251 # nothing is to be read meanwhile
+    for _ in range(3):
+        process.send(LoadFailed("nobody hears it"))
+        await asyncio.sleep(0)
+    assert await read_all(process) == [LoadFailed("1"), LoadFailed("2")]
+    assert await process.end() == "with exit code 0"
 
 
 async def test_a_kill_from_elsewhere_is_told_from_its_own() -> None:

@@ -88,7 +88,9 @@ class AsyncEngine:
         limits: HangLimits | None = None,
         entry: EngineEntry = run_engine,
     ) -> None:
-        self._start_message = Start(config, tokenizer.vocabulary.token_bytes())
+        # A size that was given is taken early; a default takes nothing from others before it is needed.
+        reserve = config.kv_cache_memory is not None
+        self._start_message = Start(config, tokenizer.vocabulary.token_bytes(), reserve)
         self._tokenizer = tokenizer
         self._on_progress = on_progress
         self._limits = limits or HangLimits()

@@ -27,14 +27,25 @@ EngineEntry = Callable[[socket.socket, int], None]
 """What the process runs, with its end of the channel and this process's id; importable by name in the child."""
 
 
+class _Reader(asyncio.StreamReader):
+    """What came before the channel broke is read in any case; asyncio's own forgets it."""
+
+    def set_exception(self, exc: Exception) -> None:  # noqa: ARG002 # asyncio's signature
+        self.feed_eof()
+
+
 class EngineProcess:
     """`start` makes one; `end` must follow, whatever happens in between."""
 
-    def __init__(self, child: Child, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self, child: Child, channel: socket.socket, reader: asyncio.StreamReader, transport: asyncio.WriteTransport
+    ) -> None:
+        """channel: the transport's, once more."""
         self._child = child
         self.pid = child.pid
+        self._channel = channel
         self._reader = reader
-        self._writer = writer
+        self._transport = transport
         self._codec: MessageCodec[FromEngine] = MessageCodec(FromEngine)
         self._frames = FrameDecoder()
         self._killed_here = False
@@ -53,8 +64,11 @@ class EngineProcess:
             # The engine, if it still comes to life, sees end of file and ends.
             ours.close()
             raise
-        reader, writer = await asyncio.open_unix_connection(sock=ours)
-        return cls(child, reader, writer)
+        reader, channel = _Reader(), ours.dup()
+        channel.setblocking(False)  # noqa: FBT003 # the method has no name for it
+        loop = asyncio.get_running_loop()
+        transport, _ = await loop.create_unix_connection(lambda: asyncio.StreamReaderProtocol(reader), sock=ours)
+        return cls(child, channel, reader, transport)
 
     @property
     def was_killed(self) -> bool:
@@ -63,21 +77,25 @@ class EngineProcess:
 
     def send(self, message: msgspec.Struct) -> None:
         """No effect where the process is gone: `read` tells."""
-        if not self._writer.is_closing():
-            self._writer.write(self._codec.encode(message))
+        if not self._transport.is_closing():
+            self._transport.write(self._codec.encode(message))
 
     async def read(self) -> list[FromEngine]:
         """At least one message; none at the end of the process's life. Raises ProtocolError."""
         messages: list[FromEngine] = []
         while not messages:
-            try:
-                data = await self._reader.read(READ_BYTES)
-            except ConnectionError:
-                return []
+            data = await self._reader.read(READ_BYTES) or self._left_unread()
             if not data:
                 return []
             messages = [self._codec.decode(frame) for frame in self._frames.feed(data)]
         return messages
+
+    def _left_unread(self) -> bytes:
+        """Its last words, where the transport gave up reading since nobody could be written to any more."""
+        try:
+            return self._channel.recv(READ_BYTES)
+        except OSError:
+            return b""
 
     async def kill_hung(self) -> None:
         """Have it say on standard error where it hangs, as far as it can, and kill it."""
@@ -89,7 +107,8 @@ class EngineProcess:
 
     async def end(self) -> str:
         """Close the channel and see the process out. Returns how it ended: with which code, or by which signal."""
-        self._writer.transport.abort()
+        self._transport.abort()
+        self._channel.close()
         ended = await asyncio.to_thread(self._child.wait, EXIT_SECONDS)
         if not ended:
             self._killed_here = True
