@@ -1,8 +1,9 @@
 """Start `reprise serve` several times and measure what a start takes: time, and memory.
 
 Seconds from the start of the process to the first answer of /health, to /ready, and to the first token of a streamed
-completion that is sent then; the peak resident memory of the API process and of the engine process, which should stay
-below 1.25 x (weights + KV cache) + 700 MB. The first start does not count: it compiles Python and fills the page cache.
+completion that is sent then; the peak resident memory of the API process and of the engine process, once the idle
+engine has taken that of its KV cache, which should stay below 1.25 x (weights + KV cache) + 700 MB. The first start
+does not count: it compiles Python and fills the page cache.
 Memory is read on Linux alone. Models of the shapes have random weights, and are made where they are missing.
 """
 
@@ -28,6 +29,7 @@ MEMORY_FACTOR = 1.25
 MEMORY_CONSTANT = 700_000_000
 MB = 1e6
 POLL_SECONDS = 0.01
+STEADY_SECONDS = 2.0
 
 
 def measure(model: Path, *flags: str, timeout: float = 300.0) -> dict[str, Any]:
@@ -53,11 +55,22 @@ def measure(model: Path, *flags: str, timeout: float = 300.0) -> dict[str, Any]:
             "ready_seconds": ready,
             "first_token_seconds": first,
             "busy_cores": cores,
-            **memory(server.process.pid),
+            **steady_memory(server.process.pid),
         }
     finally:
         server.stop()
         server.log_path.unlink()
+
+
+def steady_memory(api_pid: int) -> dict[str, int]:
+    """As `memory` has it, once it has not grown for STEADY_SECONDS."""
+    found, since = memory(api_pid), time.perf_counter()
+    while time.perf_counter() - since < STEADY_SECONDS:
+        time.sleep(0.2)
+        before, found = found, memory(api_pid)
+        if found["engine_bytes"] > before["engine_bytes"]:
+            since = time.perf_counter()
+    return found
 
 
 def memory(api_pid: int) -> dict[str, int]:

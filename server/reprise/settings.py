@@ -147,7 +147,7 @@ class Settings(BaseModel):
     kv_cache_memory: OptionalSize = _setting(
         None,
         "Engine",
-        "Memory for the KV cache, taken while the engine is idle; by default chosen from the memory at hand.",
+        "Memory for the KV cache, taken before it is needed; by default chosen from the memory at hand.",
     )
     gpu_memory_utilization: Share = _setting(
         0.9, "Engine", "Share of the GPU's memory for weights, KV cache and work space together."
@@ -265,11 +265,6 @@ class Settings(BaseModel):
     def model_names(self) -> list[str]:
         """Names that a request may use, the one that responses show first."""
         return self.served_model_name or [self.model]
-
-    @property
-    def reserve_kv_cache(self) -> bool:
-        """Memory that was named is taken early; a default may not take from others what is not needed yet."""
-        return self.kv_cache_memory is not None
 
     def engine_config(self) -> EngineConfig:
         values = {name: getattr(self, name) for name in EngineConfig.__struct_fields__}

@@ -91,7 +91,7 @@ class Execution:
     check: Callable[[], Repeatability]
     """Whether its answers repeat: some forwards."""
     key_value_memory: Sequence[Tensor] = ()
-    """What is known of it beforehand."""
+    """The tensors of the pool, but for layers that are allocated when they are first seen."""
 
 
 def choose_execution(

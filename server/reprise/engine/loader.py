@@ -54,8 +54,8 @@ class LoadedModel:
     """Whether guesses come from what was said before."""
     draft: LoadedModel | None = None
     """Whose guesses they are."""
-    reserved: Sequence[Tensor] = ()
-    """Memory to take while there is nothing else to do."""
+    key_value_memory: Sequence[Tensor] = ()
+    """The tensors of its KV pool, and of the draft model's."""
 
 
 def load(config: EngineConfig, progress: Progress) -> LoadedModel:
@@ -123,7 +123,7 @@ def load(config: EngineConfig, progress: Progress) -> LoadedModel:
         *(execution.runner, execution.selection, limits, pool.num_blocks, pool.block_size, ready, num_token_ids),
         looks_up=config.speculate == "ngram",
         draft=draft,
-        reserved=[*execution.key_value_memory, *(draft.reserved if draft else ())] if config.reserve_kv_cache else (),
+        key_value_memory=[*execution.key_value_memory, *(draft.key_value_memory if draft else ())],
     )
 
 

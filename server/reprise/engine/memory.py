@@ -1,19 +1,24 @@
-"""How much memory there is, how much of it the KV pool may take, and memory that is taken when it is written."""
+"""How much memory there is, how much of it the KV pool may take, and memory that is taken late or early."""
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import gc
+import logging
 import mmap
 import os
 import time
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 CPU_KV_SHARE = 0.25
 """Share of the free memory that the KV pool takes on a CPU when it is not told its size."""
@@ -105,26 +110,35 @@ class Reservation:
 
     Whoever writes a page first waits until the system has found and cleared it: milliseconds for each of the large ones
     where a virtual machine gets its memory when it is touched. The tensors are filled side by side, so what has
-    been taken are the beginnings of them all. No effect where the system does not know of it, or has no memory left.
+    been taken are the beginnings of them all. It ends early where the system does not know of it, where it would leave
+    less than SPARE of the memory at hand, and where memory is not equally near to all cores and better taken by those
+    that use it. The tensors must outlive it.
     """
 
     PIECE = 2 << 20
     """Bytes that are taken at once: a large page."""
+    SPARE = 256 << 20
+    _PIECES_BETWEEN_LOOKS = 4
     _MADV_POPULATE_WRITE = 23
+    _NODES = Path("/sys/devices/system/node")
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._pieces = self._in_pieces(
-            [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors if t.device.type == "cpu"]
-        )
-        self.is_complete = False
-        self._madvise = getattr(ctypes.CDLL(None), "madvise", None)
+        spans = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors if t.device.type == "cpu"]
+        self._pieces = self._in_pieces(spans)
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self.is_complete = not spans or sum(1 for _ in self._NODES.glob("node[0-9]*")) > 1
+        """Whether there is nothing left that it would take."""
 
     def advance(self, seconds: float) -> None:
         """Take memory for about so long."""
         end = time.monotonic() + seconds
         while not self.is_complete and time.monotonic() < end:
-            piece = next(self._pieces, None)
-            self.is_complete = piece is None or not self._take(*piece)
+            pieces = list(islice(self._pieces, self._PIECES_BETWEEN_LOOKS))
+            enough = not pieces or available_memory() >= self.SPARE + len(pieces) * self.PIECE
+            error = next(filter(None, (self._take(*piece) for piece in pieces)), 0) if enough else errno.ENOMEM
+            if error:
+                logger.debug("the rest of the KV pool's memory is taken when it is needed: %s", os.strerror(error))
+            self.is_complete = not pieces or error != 0
 
     @classmethod
     def _in_pieces(cls, spans: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
@@ -133,12 +147,13 @@ class Reservation:
                 if start + offset < end:
                     yield start + offset, min(start + offset + cls.PIECE, end)
 
-    def _take(self, start: int, end: int) -> bool:
+    def _take(self, start: int, end: int) -> int:
+        """Returns the number of the error, or 0."""
         first, last = start // mmap.PAGESIZE * mmap.PAGESIZE, -(-end // mmap.PAGESIZE) * mmap.PAGESIZE
-        if self._madvise is None:
-            return False
+        if not hasattr(self._libc, "madvise"):
+            return errno.ENOSYS
         arguments = (ctypes.c_void_p(first), ctypes.c_size_t(last - first), ctypes.c_int(self._MADV_POPULATE_WRITE))
-        return bool(self._madvise(*arguments) == 0)
+        return ctypes.get_errno() if self._libc.madvise(*arguments) else 0
 
 
 class MappedFiles:

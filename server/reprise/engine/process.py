@@ -40,7 +40,7 @@ from reprise.ipc.transport import BlockingConnection, ConnectionClosed, Protocol
 IDLE_SECONDS = 1.0
 """How often an engine that has nothing to do says so."""
 RESERVING_SECONDS = 0.005
-"""How long a request may wait for an engine that takes memory meanwhile."""
+"""How long an engine that takes memory does not look for requests, beside the piece that it has begun."""
 EXIT_FAILED = 1
 
 logger = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ def _load(message: ToEngine, connection: BlockingConnection[ToEngine]) -> tuple[
         return None
     core = build_core(loaded, message.token_bytes)
     connection.send(loaded.ready)
-    return core, Reservation(loaded.reserved)
+    return core, Reservation(loaded.key_value_memory if message.reserve_kv_cache else ())
 
 
 def _loop(
@@ -137,12 +137,14 @@ def _loop(
 ) -> None:
     step_seconds = 0.0
     was_busy = False
+    said_so_at = time.monotonic()
     while True:
         is_idle = not (core.has_work or was_busy or pending)
         messages = [*pending, *connection.receive(IDLE_SECONDS if is_idle and reservation.is_complete else 0)]
         if is_idle and not messages and not reservation.is_complete:
             reservation.advance(RESERVING_SECONDS)
-            continue
+            if time.monotonic() - said_so_at < IDLE_SECONDS:
+                continue
         pending = []
         outputs = _take_in(core, messages)
         has_work = core.has_work
@@ -154,6 +156,7 @@ def _loop(
             outputs += core.step()
             step_seconds += time.monotonic() - started
         connection.send(StepOutput(outputs, core.stats(step_seconds)))
+        said_so_at = time.monotonic()
 
 
 def _take_in(core: EngineCore, messages: list[ToEngine]) -> list[SequenceOutput]:

@@ -36,8 +36,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int = 16
     kv_cache_memory: int | None = None
     """Bytes of the KV pool; None chooses from the memory at hand."""
-    reserve_kv_cache: bool = False
-    """Whether the engine takes the pool's memory while it has nothing else to do."""
     gpu_memory_utilization: float = 0.9
     prefix_cache: bool = True
     speculate: Literal["none", "ngram", "draft"] = "none"
@@ -53,10 +51,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Start(msgspec.Struct, frozen=True, tag="start"):
-    """First message: load this. `token_bytes[i]` is what token i spells; None where the tokenizer cannot tell."""
+    """First message: load this. `token_bytes[i]` is what token i spells; None where the tokenizer cannot tell.
+
+    `reserve_kv_cache`: take the memory of the KV pool while there is nothing else to do.
+    """
 
     config: EngineConfig
     token_bytes: list[bytes] | None
+    reserve_kv_cache: bool = False
 
 
 class Add(msgspec.Struct, frozen=True, tag="add"):

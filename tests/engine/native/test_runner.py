@@ -29,6 +29,9 @@ CONFIGS: dict[str, tuple[Any, int | None]] = {
     "llama, one query a key": (transformers.LlamaConfig(**{**SHAPE, "num_key_value_heads": 6}), None),
     "mistral, window": (transformers.MistralConfig(**SHAPE, sliding_window=50), 50),
     "qwen2": (transformers.Qwen2Config(**SHAPE), None),
+    "qwen2, 9 heads of 80": (
+        transformers.Qwen2Config(**{**SHAPE, "num_attention_heads": 9, "num_key_value_heads": 3}, head_dim=80), None
+    ),
     "qwen3": (transformers.Qwen3Config(**{**SHAPE, "intermediate_size": 224}, head_dim=64), None),
 }
 DTYPES = [torch.float32, torch.bfloat16]
@@ -111,7 +114,7 @@ def test_a_rows_bits_do_not_depend_on_its_company(
     ids, other = prompt(200, 1), prompt(90, 2)
     whole = runner_of(model, window, variant=variant, quantize=quantize)
     alone = rows(whole, (sequence_of(1, ids, list(range(20))), 0, 200))
-    for threads, block_size in ((1, BLOCK), (2, 2 * BLOCK)):
+    for threads, block_size in ((1, BLOCK), (2, 2 * BLOCK), (5, BLOCK)):
         runner = runner_of(model, window, threads=threads, block_size=block_size, variant=variant, quantize=quantize)
         mine = sequence_of(1, ids, list(range(30, 14, -1)))
         found = []

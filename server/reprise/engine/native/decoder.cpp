@@ -195,14 +195,17 @@ template <class T> struct Runner {
     in_tasks(columns, num_rows, together, [&](const Task& task, long p, long next) {
       const float* scales = weights.scales + p * PANEL;
       rounded_rows_times_panel<Int8>(rounded.rows + task.first_row, panels + p * size, panels + next * size, inner, task.num_rows,
-                                     [&](long row, floats left, floats right) {
+                                     [&](long row, floats left, floats right) __attribute__((always_inline)) {
                                        apply(task, task.first_row + row, p, left * load<floats>(scales), right * load<floats>(scales + LANES));
                                      });
     }, done);
   }
   template <class F> void product(const operand* x, long inner, const Matrix& weights, long columns, long num_rows, F apply) {
     product(x, inner, weights, columns, num_rows, 1,
-            [&](const Task&, long row, long panel, floats left, floats right) { apply(row, panel, left, right); }, [](const Task&) {});
+            [&](const Task&, long row, long panel, floats left, floats right) __attribute__((always_inline)) {
+              apply(row, panel, left, right);
+            },
+            [](const Task&) {});
   }
 
   static void normalise(const float* x, const float* weight, long size, float epsilon, operand* out) {
@@ -494,7 +497,8 @@ template <class T> struct Runner {
         long head = task % head_tasks * heads_per_task;
         attend(layer, span, head, head + heads_per_task, q, count, queries, attended, scratch[thread]);
       });
-      auto add = [&](long row, long panel, floats left, floats right) {
+      // Inlined everywhere or nowhere: a product and this sum may become one operation, with other bits.
+      auto add = [&](long row, long panel, floats left, floats right) __attribute__((always_inline)) {
         float* p = x + row * hidden + panel * PANEL;
         store(p, load<floats>(p) + left);
         if (panel * PANEL + LANES < hidden) store(p + LANES, load<floats>(p + LANES) + right);

@@ -104,7 +104,7 @@ class NativeDecoder:
             + sum(self._packed_bytes([part.weight], finest) for part in [parts.embed_tokens] + [head] * (not tied))
         )
         size = self.num_slots * config.num_key_value_heads * head_dim
-        # One memory for all layers, of which a page is taken when its slots are first written.
+        # One memory for all layers, of which a page is taken when its slots are first written, or by a `Reservation`.
         pool = torch.split(zeros(2 * size * len(layers), self._dtype), size)
         self.key_value_memory = pool
         for index, (layer, weights, window) in enumerate(zip(parts.layers, layers, windows, strict=True)):

@@ -87,7 +87,8 @@ struct Fetch {
     return {(const char*)next + first_row * bytes * num_steps / num_rows, divide_up(rows * bytes, num_rows)};
   }
 };
-// Several streams at once, of at most LINES lines in a step.
+// Several streams at once, LINES lines of each in a step: as many as a step's bytes can touch. Where they are fewer, some
+// lines are asked for again, which costs less than to decide.
 template <int STREAMS, int LINES> struct Fetches {
   Fetch of[STREAMS];
   inline __attribute__((always_inline)) void next() {
