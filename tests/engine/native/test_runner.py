@@ -30,7 +30,8 @@ CONFIGS: dict[str, tuple[Any, int | None]] = {
     "mistral, window": (transformers.MistralConfig(**SHAPE, sliding_window=50), 50),
     "qwen2": (transformers.Qwen2Config(**SHAPE), None),
     "qwen2, 9 heads of 80": (
-        transformers.Qwen2Config(**{**SHAPE, "num_attention_heads": 9, "num_key_value_heads": 3}, head_dim=80), None
+        transformers.Qwen2Config(**{**SHAPE, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 80}),
+        None,
     ),
     "qwen3": (transformers.Qwen3Config(**{**SHAPE, "intermediate_size": 224}, head_dim=64), None),
 }
