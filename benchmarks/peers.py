@@ -246,7 +246,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--seconds", type=float,
         help="clients start requests for so long in each cell, at least one and all the same number (default: 10)",
     )  # fmt: skip
-    parser.add_argument("--settle", type=float, default=0.0, help="idle seconds after warming up (default: 0)")
+    parser.add_argument("--settle", type=float, default=12.0, help="idle seconds after warming up (default: 12)")
     parser.add_argument(
         "--quick",
         action="store_true",
