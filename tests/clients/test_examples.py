@@ -59,7 +59,7 @@ class TestCurl:
         ids = [line for line in lines if line.startswith("id: ")]
         chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1] if line.startswith("data: ")]
         assert lines[-1] == "data: [DONE]"
-        assert len(ids) == len(set(ids)) == len(chunks) > 3
+        assert len(ids) == len(set(ids)) == len(chunks) > 4
         assert len({chunk["id"] for chunk in chunks}) == 1
         assert ["reprise" in chunk for chunk in chunks] == [True] + [False] * (len(chunks) - 1)
         assert [bool(chunk["choices"][0]["finish_reason"]) for chunk in chunks] == [False] * (len(chunks) - 1) + [True]

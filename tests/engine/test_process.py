@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,12 +15,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from benchmarks.processes import kilobytes
+from reprise.engine import process as engine_process
 from reprise.engine.process import EXIT_FAILED
-from reprise.ipc.messages import Add, EngineConfig, FromEngine, Heartbeat, Ready, Start, StepOutput
+from reprise.ipc.messages import Add, EngineConfig, FromEngine, Heartbeat, Ready, Start, StepOutput, ToEngine
 from reprise.ipc.transport import BlockingConnection, ConnectionClosed
 from reprise.settings import Settings
 from reprise.types import FinishReason
-from support.engine_driver import greedy
+from support.engine_driver import greedy, load_from
 
 
 def test_an_engine_started_by_hand_loads_generates_and_ends_with_its_peer(
@@ -47,9 +50,49 @@ def test_an_engine_started_by_hand_loads_generates_and_ends_with_its_peer(
         assert process.wait(10) == 0
 
 
-def resident_bytes(process: subprocess.Popen[bytes]) -> int:
-    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+class Slow:
+    """A reservation that takes so many pieces of five milliseconds each."""
+
+    def __init__(self, num_pieces: int) -> None:
+        self.num_left = num_pieces
+
+    @property
+    def is_complete(self) -> bool:
+        return self.num_left == 0
+
+    def advance(self, seconds: float) -> None:
+        time.sleep(seconds)
+        self.num_left -= 1
+
+
+def test_an_engine_that_takes_memory_tells_how_it_goes_and_serves_meanwhile(
+    model_directory: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_process, "IDLE_SECONDS", 0.05)
+    ours, theirs = socket.socketpair()
+    reservation = Slow(10_000)
+    ended: list[type[BaseException]] = []
+
+    def run() -> None:
+        core = engine_process.build_core(load_from(model_directory("llama")), None)
+        try:
+            engine_process._loop(core, reservation, BlockingConnection(theirs, ToEngine), [])  # type: ignore[arg-type]  # it is asked for nothing else
+        except ConnectionClosed as error:
+            ended.append(type(error))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    with ours, theirs:
+        connection: BlockingConnection[FromEngine] = BlockingConnection(ours, FromEngine)
+        idle = [message for _ in range(5) for message in connection.receive(10.0)]
+        assert all(isinstance(message, StepOutput) and not message.outputs for message in idle)
+        assert len(idle) >= 5
+        connection.send(Add(7, 0, [5, 6, 7], greedy(3, end_token_ids=())))
+        receive_outputs(connection, 3)
+        assert not reservation.is_complete
+        ours.close()
+        thread.join(10)
+    assert ended == [ConnectionClosed]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells it")
@@ -68,7 +111,7 @@ def test_an_idle_engine_takes_the_memory_of_its_pool_where_it_is_told_to(*, rese
         connection: BlockingConnection[FromEngine] = BlockingConnection(ours, FromEngine)
         connection.send(Start(config, None, reserves))
         messages = connection.receive(60.0)
-        at_first = resident_bytes(process)
+        at_first = kilobytes(process.pid, "status", "RssAnon") * 1024
         while not any(isinstance(message, Ready) for message in messages):
             messages += connection.receive(60.0)
         ready = next(message for message in messages if isinstance(message, Ready))
@@ -76,9 +119,12 @@ def test_an_idle_engine_takes_the_memory_of_its_pool_where_it_is_told_to(*, rese
         connection.send(Add(7, 0, [5, 6, 7], greedy(3, end_token_ids=())))
         receive_outputs(connection, 3)
         deadline = time.monotonic() + (60 if reserves else 2.5)
-        while resident_bytes(process) - at_first < ready.kv_cache_memory // 2 and time.monotonic() < deadline:
-            assert connection.receive(5.0), "nothing is heard while it takes memory"
-        assert (resident_bytes(process) - at_first > ready.kv_cache_memory // 2) == reserves
+        while (
+            kilobytes(process.pid, "status", "RssAnon") * 1024 - at_first < ready.kv_cache_memory // 2
+            and time.monotonic() < deadline
+        ):
+            connection.receive(0.1)
+        assert (kilobytes(process.pid, "status", "RssAnon") * 1024 - at_first > ready.kv_cache_memory // 2) == reserves
         ours.close()
         assert process.wait(10) == 0
 

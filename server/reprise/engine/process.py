@@ -18,10 +18,10 @@ from reprise.engine.core import EngineCore
 from reprise.engine.draft_model import DraftModel
 from reprise.engine.drafter import Drafter, Guesser
 from reprise.engine.loader import LoadedModel, load
-from reprise.engine.memory import Reservation
 from reprise.engine.prediction import Prediction
 from reprise.engine.prompt_lookup import PromptLookup
 from reprise.engine.pulse import Pulse
+from reprise.engine.reservation import Reservation
 from reprise.engine.sampler import Sampler
 from reprise.engine.scheduler import Scheduler
 from reprise.errors import ModelLoadError

@@ -40,7 +40,7 @@ class EngineProcess:
     def __init__(
         self, child: Child, channel: socket.socket, reader: asyncio.StreamReader, transport: asyncio.WriteTransport
     ) -> None:
-        """channel: the transport's, once more."""
+        """channel: a duplicate of the transport's socket, which stays when the transport has closed its own."""
         self._child = child
         self.pid = child.pid
         self._channel = channel

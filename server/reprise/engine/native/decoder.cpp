@@ -6,6 +6,7 @@
 
 #include <stdlib.h>
 
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -76,8 +77,6 @@ struct Step {
 }
 
 namespace {
-
-long greatest_common_divisor(long a, long b) { return b ? greatest_common_divisor(b, a % b) : a; }
 
 // Where rows of a weight go among the columns of what is packed: from `first` on, or group by group into every second
 // group, beginning with the one at `offset`.
@@ -446,7 +445,7 @@ template <class T> struct Runner {
     operand* last = memory.take<operand>(s.num_logit_rows * hidden);
     Scratch* scratch = memory.take<Scratch>(pool.size());
     // Of a head's panels none is in another task.
-    long panels_of_heads = dim / greatest_common_divisor(dim, PANEL);
+    long panels_of_heads = dim / std::gcd(dim, (long)PANEL);
     long most_columns = panels_of_task(divide_up(fused, PANEL), divide_up(n, MOST_ROWS), panels_of_heads) * PANEL;
     float* projected = memory.take<float>(pool.size() * MOST_ROWS * most_columns);
     long widest = d.intermediate > query_size ? d.intermediate : query_size;
