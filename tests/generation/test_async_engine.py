@@ -306,3 +306,11 @@ async def test_a_signal_to_the_whole_group_does_not_end_the_engine(
     os.kill(engine.pid, signal_number)
     assert (await collect(stream))[0].finish_reason is FinishReason.LENGTH
     assert engine.num_restarts == before
+
+
+@pytest.mark.parametrize("size", [None, 1 << 20])
+def test_only_memory_whose_size_was_given_is_taken_early(
+    directory: Path, tokenizer: Tokenizer, size: int | None
+) -> None:
+    engine = AsyncEngine(config(directory, kv_cache_memory=size), tokenizer)
+    assert engine._start_message.reserve_kv_cache == (size is not None)
