@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -354,6 +356,15 @@ def test_overhead_counts_tokens_and_cpu_time_and_watches_the_loop(capsys: pytest
         # The last event of a stream has the usage and no token.
         assert 0 < measured["tokens_per_event"] < 50
         assert 0 <= measured["loop_late_cpu_ms"]["p99"] <= measured["loop_late_ms"]["p100"]
+
+
+def test_cpu_time_is_counted_below_the_ticks_of_the_kernel() -> None:
+    before, own = overhead.cpu_seconds(os.getpid()), time.process_time()
+    while time.process_time() - own < 0.002:
+        pass
+    assert 0.002 <= overhead.cpu_seconds(os.getpid()) - before < 1
+    with pytest.raises(OSError, match="no CPU clock of process 4194305"):
+        overhead.cpu_seconds(4_194_305)
 
 
 def test_overhead_counts_streams_that_fail_or_are_short() -> None:
