@@ -24,7 +24,8 @@ AVX512 = [
     "-mavx512vnni",
     "-mprefer-vector-width=512",
 ]
-X86_64 = {"avx512bf16": AVX2 + AVX512, "avx2": AVX2}
+AMX = ["-mamx-tile", "-mamx-bf16"]
+X86_64 = {"amx": AVX2 + AVX512 + AMX, "avx512bf16": AVX2 + AVX512, "avx2": AVX2}
 
 
 def sources_digest(directory: Path) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from reprise.engine.native.decoder import BLOCK, NativeDecoder, Quantization, unsupported
@@ -147,6 +148,21 @@ def test_what_a_block_held_before_is_not_seen() -> None:
         if kept.numel() == 64 * BLOCK * 2 * 16:
             kept.fill_(float("nan"))
     assert torch.equal(rows(runner, (sequence_of(1, ids, [0, 1, 2]), 0, 37)), expected)
+
+
+@pytest.mark.skipif("amx" not in built_variants(), reason="this CPU has no matrix unit")
+def test_the_matrix_unit_is_shared_with_torch() -> None:
+    """Both set it up for this thread as they need it, and neither disturbs the other."""
+    generator = torch.Generator().manual_seed(1)
+    x, weight = (torch.randn(48, 64, generator=generator).bfloat16() for _ in range(2))
+    ids = prompt(70, 1)
+    with torch.inference_mode():
+        expected = functional.linear(x, weight)
+        runner = runner_of(build("qwen3", torch.bfloat16), None, threads=1, variant="amx")
+        logits = rows(runner, (sequence_of(1, ids, list(range(8))), 0, 70))
+        for _ in range(3):
+            assert torch.equal(functional.linear(x, weight), expected)
+            assert torch.equal(rows(runner, (sequence_of(1, ids, list(range(8))), 0, 70)), logits)
 
 
 def test_released_weights_are_not_needed() -> None:

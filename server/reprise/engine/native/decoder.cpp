@@ -135,10 +135,11 @@ template <class T> struct Runner {
     return divide_up(share, together) * together;
   }
 
-  // Calls f(task, panel, the next panel) for all of a product, and done(task) where it is complete.
+  // Calls f(task, panel, the next panel, the thread's matrix unit) for all of a product, and done(task) where it is complete.
   template <class F, class G> void in_tasks(long columns, long num_rows, long together, const F& f, const G& done) {
     long num_panels = divide_up(columns, PANEL);
     long row_tasks = divide_up(num_rows, MOST_ROWS), row_chunk = divide_up(num_rows, row_tasks);
+    if (T::TILED) row_chunk = divide_up(row_chunk, MOST_TILED) * MOST_TILED;
     long panel_chunk = panels_of_task(num_panels, row_tasks, together);
     long panel_tasks = divide_up(num_panels, panel_chunk);
     pool.run(panel_tasks * row_tasks, [&](long number, int thread) {
@@ -147,7 +148,8 @@ template <class T> struct Runner {
                 row + row_chunk < num_rows ? row_chunk : num_rows - row, thread};
       // The task that this thread gets next, if all take the same time.
       long then = (number + pool.size()) / row_tasks * panel_chunk;
-      for (long p = panel; p < task.last_panel; p++) f(task, p, p + 1 < task.last_panel || then >= num_panels ? p + 1 : then);
+      MatrixUnit unit;
+      for (long p = panel; p < task.last_panel; p++) f(task, p, p + 1 < task.last_panel || then >= num_panels ? p + 1 : then, unit);
       done(task);
     });
   }
@@ -167,8 +169,8 @@ template <class T> struct Runner {
     if (num_rows == 0) return;
     if (weights.format == FULL) {
       auto* panels = (const element*)weights.data;
-      in_tasks(columns, num_rows, together, [&](const Task& task, long p, long next) {
-        rows_times_panel<T>(x + task.first_row * inner, inner, panels + p * PANEL * inner, panels + next * PANEL * inner, inner,
+      in_tasks(columns, num_rows, together, [&](const Task& task, long p, long next, MatrixUnit& unit) {
+        rows_times_panel<T>(unit, x + task.first_row * inner, inner, panels + p * PANEL * inner, panels + next * PANEL * inner, inner,
                             task.num_rows, [&](long row, floats left, floats right) { apply(task, task.first_row + row, p, left, right); });
       }, done);
       return;
@@ -184,14 +186,14 @@ template <class T> struct Runner {
     auto* panels = (const uint8_t*)weights.data;
     if (weights.format == INT4) {
       long size = 2 * Int4::strip_bytes(inner);
-      in_tasks(columns, num_rows, together, [&](const Task& task, long p, long next) {
+      in_tasks(columns, num_rows, together, [&](const Task& task, long p, long next, MatrixUnit&) {
         rounded_rows_times_panel<Int4>(rounded.rows + task.first_row, panels + p * size, panels + next * size, inner, task.num_rows,
                                        [&](long row, floats left, floats right) { apply(task, task.first_row + row, p, left, right); });
       }, done);
       return;
     }
     long size = 2 * Int8::strip_bytes(inner);
-    in_tasks(columns, num_rows, together, [&](const Task& task, long p, long next) {
+    in_tasks(columns, num_rows, together, [&](const Task& task, long p, long next, MatrixUnit&) {
       const float* scales = weights.scales + p * PANEL;
       rounded_rows_times_panel<Int8>(rounded.rows + task.first_row, panels + p * size, panels + next * size, inner, task.num_rows,
                                      [&](long row, floats left, floats right) __attribute__((always_inline)) {
@@ -324,9 +326,50 @@ template <class T> struct Runner {
     long last[QUERY_ROWS];
   };
 
+  // Whether attention's products run in the matrix unit, for any number of rows.
+  bool tiled_heads() const { return T::TILED && d.head_dim % TILE_INNER == 0; }
+
+  // scores[rows][num_blocks blocks] = queries times keys, in the matrix unit.
+  void score_in_tiles(MatrixUnit& unit, const element* const* keys, long num_blocks, long rows, Scratch& w) const {
+    constexpr long STEP = TILE_INNER * LANES;
+    long dim = d.head_dim;
+    for (long r = 0; r < rows; r += MOST_TILED) {
+      unit.prepare(rows - r < MOST_TILED ? rows - r : MOST_TILED, TILE_INNER / T::PAIR);
+      for (long b = 0; b < num_blocks; b += 2)
+        unit.multiply<false>(
+            {w.query + r * dim, dim * (long)sizeof(operand), TILE_INNER * sizeof(operand)}, dim / TILE_INNER, TILE_BYTES,
+            b + 1 < num_blocks, [&](long k) { return std::make_pair(keys[b] + k * STEP, keys[b + 1] + k * STEP); },
+            {w.scores + r * CHUNK + b * BLOCK, CHUNK * sizeof(float)},
+            [&](long k) {
+              if (rows <= FEW_ROWS)
+                for (long ahead = b + AHEAD; ahead < b + AHEAD + 2; ahead++)
+                  for (long i = 0; i < STEP; i += Fetch::LINE / (long)sizeof(element)) __builtin_prefetch(keys[ahead] + k * STEP + i);
+            });
+    }
+  }
+
+  // acc[rows][dim] += weights[rows][num_tokens] times values, over whole blocks, in the matrix unit.
+  void weigh_in_tiles(MatrixUnit& unit, const element* const* values, long num_blocks, long rows, Scratch& w) const {
+    long dim = d.head_dim;
+    for (long r = 0; r < rows; r += MOST_TILED) {
+      unit.prepare(rows - r < MOST_TILED ? rows - r : MOST_TILED, BLOCK / T::PAIR);
+      for (long i = 0; i < dim; i += 2 * LANES)
+        unit.multiply<true>(
+            {w.weights + r * CHUNK, CHUNK * sizeof(operand), BLOCK * sizeof(operand)}, num_blocks, dim * T::PAIR * (long)sizeof(element),
+            true, [&](long b) { return std::make_pair(values[b] + i * T::PAIR, values[b] + (i + LANES) * T::PAIR); },
+            {w.acc + r * dim + i, dim * (long)sizeof(float)},
+            [&](long b) {
+              if (rows <= FEW_ROWS)
+                for (long pair = 0; pair < BLOCK / T::PAIR; pair++)
+                  for (long group = i; group < i + 2 * LANES; group += LANES)
+                    __builtin_prefetch(values[b + AHEAD] + (pair * dim + group) * T::PAIR);
+            });
+    }
+  }
+
   // Queries first .. first + count of a span, for key-value heads first_head .. last_head and their groups of query heads.
   void attend(const LayerWeights& layer, const Span& span, long first_head, long last_head, long first, long count,
-              const operand* queries, operand* out, Scratch& w) const {
+              const operand* queries, operand* out, Scratch& w, [[maybe_unused]] MatrixUnit& unit) const {
     long dim = d.head_dim, group = d.num_heads / d.num_kv_heads, rows = count * group;
     long start = span.num_tokens - span.num_queries + first, end = start + count;
     long begin = layer.window && start - layer.window + 1 > 0 ? (start - layer.window + 1) / CHUNK * CHUNK : 0;
@@ -356,9 +399,16 @@ template <class T> struct Runner {
         long num_next = divide_up(end - next, BLOCK) < AHEAD ? divide_up(end - next, BLOCK) : AHEAD;
         put_blocks(layer.keys, next_head, next, num_next, blocks + 2 * num_blocks);
         for (long b = num_next; b < AHEAD; b++) blocks[2 * num_blocks + b] = blocks[2 * num_blocks];
+        const element* const* values = blocks + num_blocks;
+        if constexpr (T::TILED)
+          if (tiled_heads()) {
+            score_in_tiles(unit, blocks, num_blocks, rows, w);
+            for (long r = 0; r < rows; r++) soften(layer, chunk, num_blocks, r, w);
+            weigh_in_tiles(unit, values, num_blocks, rows, w);
+            continue;
+          }
         score(blocks, num_blocks, rows, w);
         for (long r = 0; r < rows; r++) soften(layer, chunk, num_blocks, r, w);
-        const element* const* values = blocks + num_blocks;
         long i = 0;
         for (; i + WIDE * LANES <= dim; i += WIDE * LANES) weigh<WIDE, WIDE_TILE>(w.weights, values, num_blocks, dim, i, rows, w.acc);
         for (; i < dim; i += LANES) weigh<1, TILE>(w.weights, values, num_blocks, dim, i, rows, w.acc);
@@ -494,7 +544,8 @@ template <class T> struct Runner {
         const Span& span = s.spans[i];
         long count = span.num_queries - q < queries_per_task ? span.num_queries - q : queries_per_task;
         long head = task % head_tasks * heads_per_task;
-        attend(layer, span, head, head + heads_per_task, q, count, queries, attended, scratch[thread]);
+        MatrixUnit unit;
+        attend(layer, span, head, head + heads_per_task, q, count, queries, attended, scratch[thread], unit);
       });
       // Inlined everywhere or nowhere: a product and this sum may become one operation, with other bits.
       auto add = [&](long row, long panel, floats left, floats right) __attribute__((always_inline)) {
@@ -546,6 +597,9 @@ extern "C" {
 
 // Which sources this was compiled from.
 uint64_t reprise_sources() { return REPRISE_SOURCES; }
+
+// Whether the system lets this process use the instructions. To be called first.
+int reprise_permitted() { return MatrixUnit::permitted(); }
 
 // Null where threads or memory are not to be had.
 Context* reprise_create(int num_threads) {

@@ -14,12 +14,9 @@ from functools import cache
 from pathlib import Path
 
 _NO_MEMORY = 1
-VARIANTS = {
-    "avx512bf16": frozenset(
-        {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni", "avx2", "fma"}
-    ),
-    "avx2": frozenset({"avx2", "fma"}),
-}
+_AVX2 = frozenset({"avx2", "fma"})
+_AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"}
+VARIANTS = {"amx": _AVX512 | {"amx_tile", "amx_bf16"}, "avx512bf16": _AVX512, "avx2": _AVX2}
 """For x86-64, the fastest first, with the CPU's flags that each needs; elsewhere there is one, «generic»."""
 
 
@@ -120,12 +117,12 @@ def sources_digest(directory: Path) -> int:
 
 @cache
 def load_variant(variant: str) -> ctypes.CDLL | None:
-    """The library for that instruction set; None where it was not built from these sources."""
+    """The library for that instruction set; None where it was not built from these sources or the system forbids it."""
     directory = Path(__file__).parent
     try:
         library = ctypes.CDLL(str(directory / library_name(variant)))
         library.reprise_sources.restype = c_uint64
-        if library.reprise_sources() != sources_digest(directory):
+        if library.reprise_sources() != sources_digest(directory) or not library.reprise_permitted():
             return None
     except (OSError, AttributeError):
         return None

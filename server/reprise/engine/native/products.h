@@ -7,7 +7,9 @@
 #include <math.h>
 
 #include <type_traits>
+#include <utility>
 
+#include "tiles.h"
 #include "vectors.h"
 
 namespace {
@@ -20,6 +22,7 @@ constexpr int TILE = NUM_SUMS >= 24 ? 12 : 6;  // rows of a register tile
 struct BFloat16 {
   typedef uint16_t element;
   static constexpr int PAIR = 2;
+  static constexpr bool TILED = MatrixUnit::EXISTS;
 #if defined(__AVX512BF16__)
   typedef uint16_t operand;
   static constexpr int PARTS = 1;
@@ -53,6 +56,7 @@ struct Float32 {
   typedef float operand;
   static constexpr int PAIR = 1;
   static constexpr int PARTS = 1;
+  static constexpr bool TILED = false;
   template <int PART> static inline floats factor(const element* p) { return load<floats>(p); }
   template <int PART> static inline floats spread(const operand* x) { return splat(*x); }
   static inline floats add_products(floats acc, floats a, floats b) { return acc + a * b; }
@@ -174,11 +178,38 @@ template <int MOST, class F> inline void in_tiles(long num_rows, const F& f) {
   }
 }
 
+// The same in the matrix unit; inner: a multiple of TILE_INNER.
+template <class T, class F>
+inline void rows_times_panel_in_tiles(MatrixUnit& unit, const typename T::operand* x, long stride, const typename T::element* panel,
+                                      const typename T::element* next, long inner, long num_rows, F apply) {
+  constexpr long ROW = Panels<T>::STEP * sizeof(typename T::element), BYTES = ROW * TILE_INNER / T::PAIR;
+  alignas(TILE_BYTES) float sums[MOST_TILED][PANEL];
+  for (long m = 0; m < num_rows; m += MOST_TILED) {
+    long rows = num_rows - m < MOST_TILED ? num_rows - m : MOST_TILED, num_steps = inner / TILE_INNER;
+    Fetch ahead = Fetch::of_tile(panel, next, BYTES, num_steps, m, rows, num_rows);
+    unit.prepare(rows, TILE_INNER / T::PAIR);
+    unit.multiply<false>(
+        {x + m * stride, stride * (long)sizeof(*x), TILE_INNER * sizeof(*x)}, num_steps, ROW, true,
+        [&](long k) {
+          auto* columns = (const char*)panel + k * BYTES;
+          return std::make_pair(columns, columns + TILE_BYTES);
+        },
+        {&sums[0][0], sizeof sums[0]},
+        [&](long k) {
+          // Into the second cache, since a panel is larger than the first.
+          for (long byte = 0; byte < ahead.bytes; byte += Fetch::LINE) __builtin_prefetch(ahead.from + k * ahead.bytes + byte, 0, 2);
+        });
+    for (long i = 0; i < rows; i++) apply(m + i, load<floats>(sums[i]), load<floats>(sums[i] + LANES));
+  }
+}
+
 // Rows of x times a panel. `apply(row, left, right)` takes the sums of its two groups. The panel that is read `next` is
 // fetched meanwhile.
 template <class T, class F>
-inline void rows_times_panel(const typename T::operand* x, long stride, const typename T::element* panel,
-                             const typename T::element* next, long inner, long num_rows, F apply) {
+inline void rows_times_panel([[maybe_unused]] MatrixUnit& unit, const typename T::operand* x, long stride,
+                             const typename T::element* panel, const typename T::element* next, long inner, long num_rows, F apply) {
+  if constexpr (T::TILED)
+    if (inner % TILE_INNER == 0) return rows_times_panel_in_tiles<T>(unit, x, stride, panel, next, inner, num_rows, apply);
   long step = Panels<T>::STEP, num_inner = inner / T::PAIR, to_next_group = Panels<T>::to_next_group(inner);
   in_tiles<TILE>(num_rows, [&](auto count, long m) {
     constexpr int ROWS = count();
