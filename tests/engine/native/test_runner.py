@@ -29,6 +29,7 @@ CONFIGS: dict[str, tuple[Any, int | None]] = {
     "llama, tied, heads of 80": (transformers.LlamaConfig(**SHAPE, head_dim=80, tie_word_embeddings=True), None),
     "llama, one query a key": (transformers.LlamaConfig(**{**SHAPE, "num_key_value_heads": 6}), None),
     "mistral, window": (transformers.MistralConfig(**SHAPE, sliding_window=50), 50),
+    "mistral, window, heads of 32": (transformers.MistralConfig(**SHAPE, head_dim=32, sliding_window=50), 50),
     "qwen2": (transformers.Qwen2Config(**SHAPE), None),
     "qwen2, 9 heads of 80": (
         transformers.Qwen2Config(**{**SHAPE, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 80}),
@@ -138,15 +139,26 @@ def test_a_chunk_in_the_midst_of_a_prompt_has_no_logits() -> None:
     assert rows(runner, (sequence, 20, 40)).shape == (1, SHAPE["vocab_size"])
 
 
-def test_what_a_block_held_before_is_not_seen() -> None:
+KEPT = [("llama", dtype, 16) for dtype in DTYPES] + [("qwen3", torch.bfloat16, 64)]
+"""Models by the way of their attention, with the size of their heads."""
+
+
+def keys_of(runner: NativeRunner, head_dim: int) -> list[torch.Tensor]:
+    """And values, layer by layer."""
+    found = [kept for kept in runner._decoder._kept if kept.numel() == 64 * BLOCK * 2 * head_dim]
+    assert len(found) == 2 * SHAPE["num_hidden_layers"]
+    return found
+
+
+@pytest.mark.parametrize(("name", "dtype", "head_dim"), KEPT)
+def test_what_a_block_held_before_is_not_seen(name: str, dtype: torch.dtype, head_dim: int) -> None:
     """Not even where it is no number."""
-    model = build("llama", torch.float32)
+    model = build(name, dtype)
     ids = prompt(37, 3)
     expected = rows(runner_of(model, None), (sequence_of(1, ids, [0, 1, 2]), 0, 37))
     runner = runner_of(model, None)
-    for kept in runner._decoder._kept:  # there is no other way to poison the pool
-        if kept.numel() == 64 * BLOCK * 2 * 16:
-            kept.fill_(float("nan"))
+    for kept in keys_of(runner, head_dim):
+        kept.fill_(float("nan"))
     assert torch.equal(rows(runner, (sequence_of(1, ids, [0, 1, 2]), 0, 37)), expected)
 
 
@@ -163,6 +175,18 @@ def test_the_matrix_unit_is_shared_with_torch() -> None:
         for _ in range(3):
             assert torch.equal(functional.linear(x, weight), expected)
             assert torch.equal(rows(runner, (sequence_of(1, ids, list(range(8))), 0, 70)), logits)
+
+
+@pytest.mark.skipif("amx" not in built_variants(), reason="this CPU has no matrix unit")
+@pytest.mark.parametrize(("name", "dtype", "same"), [("qwen3", torch.bfloat16, False), ("qwen3", torch.float32, True)])
+def test_only_bfloat16_is_multiplied_in_the_matrix_unit(name: str, dtype: torch.dtype, *, same: bool) -> None:
+    """Whose order of summation shows that it was used."""
+    model, ids = build(name, dtype), prompt(70, 1)
+    tiles, vectors = (
+        rows(runner_of(model, None, variant=variant), (sequence_of(1, ids, list(range(8))), 0, 70))
+        for variant in ("amx", "avx512bf16")
+    )
+    assert torch.equal(tiles, vectors) is same
 
 
 def test_released_weights_are_not_needed() -> None:
@@ -220,16 +244,15 @@ def test_short_of_memory_is_an_error_and_passes() -> None:
     assert torch.equal(rows(runner, (sequence, 0, 500)), expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_what_is_no_number_stays_none(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("name", "dtype", "head_dim"), KEPT)
+def test_what_is_no_number_stays_none(name: str, dtype: torch.dtype, head_dim: int) -> None:
     """Keys that are no numbers, with sound values: whoever sees them has no numbers either."""
-    model = build("llama", dtype)
+    model = build(name, dtype)
     runner = runner_of(model, None)
     ids = prompt(40, 8)
     sequence = sequence_of(1, ids, [0, 1, 2])
     rows(runner, (sequence, 0, 39))
-    keys = next(kept for kept in runner._decoder._kept if kept.numel() == 64 * BLOCK * 2 * 16)
-    keys[: BLOCK * 16].fill_(float("nan"))
+    keys_of(runner, head_dim)[0][: BLOCK * head_dim].fill_(float("nan"))
     assert torch.isnan(rows(runner, (sequence, 39, 40))).any()
 
 

@@ -1,8 +1,8 @@
 // A decoder of the Llama family, one step of a packed batch: token ids in, logits out.
 //
 // A row's bits do not depend on its company. Every sum has one order: a matrix product runs over the whole inner
-// dimension in one register for each output; attention runs over the keys from the sequence's start, CHUNK by CHUNK;
-// which rows share a register tile or a thread changes nothing of that.
+// dimension in one register for each output, or as the matrix unit has it; attention runs over the keys from the sequence's
+// start, CHUNK by CHUNK; which rows share a tile or a thread changes nothing of that.
 
 #include <stdlib.h>
 
@@ -125,6 +125,7 @@ template <class T> struct Runner {
     long column_in_task(long panel) const { return (panel - first_panel) * PANEL; }
   };
   static constexpr long MOST_ROWS = 96;
+  static_assert(MOST_ROWS % MOST_TILED == 0);
   // Where others read the same panels for other rows, so that those are still near.
   static constexpr long MOST_PANELS = 8;
 
@@ -598,7 +599,7 @@ extern "C" {
 // Which sources this was compiled from.
 uint64_t reprise_sources() { return REPRISE_SOURCES; }
 
-// Whether the system lets this process use the instructions. To be called first.
+// Whether the system lets this process use the instructions. To be called before any product.
 int reprise_permitted() { return MatrixUnit::permitted(); }
 
 // Null where threads or memory are not to be had.

@@ -178,10 +178,12 @@ template <int MOST, class F> inline void in_tiles(long num_rows, const F& f) {
   }
 }
 
-// The same in the matrix unit; inner: a multiple of TILE_INNER.
+// `rows_times_panel` in the matrix unit; inner: a multiple of TILE_INNER.
 template <class T, class F>
 inline void rows_times_panel_in_tiles(MatrixUnit& unit, const typename T::operand* x, long stride, const typename T::element* panel,
                                       const typename T::element* next, long inner, long num_rows, F apply) {
+  // A tile's rows are pairs of bfloat16, and the right columns follow the left ones.
+  static_assert(sizeof(typename T::operand) == 2 && Panels<T>::SIDE_BY_SIDE && PANEL == 2 * TILE_ROWS);
   constexpr long ROW = Panels<T>::STEP * sizeof(typename T::element), BYTES = ROW * TILE_INNER / T::PAIR;
   alignas(TILE_BYTES) float sums[MOST_TILED][PANEL];
   for (long m = 0; m < num_rows; m += MOST_TILED) {
@@ -196,7 +198,7 @@ inline void rows_times_panel_in_tiles(MatrixUnit& unit, const typename T::operan
         },
         {&sums[0][0], sizeof sums[0]},
         [&](long k) {
-          // Into the second cache, since a panel is larger than the first.
+          // Into the second cache: the next panel may be larger than the first.
           for (long byte = 0; byte < ahead.bytes; byte += Fetch::LINE) __builtin_prefetch(ahead.from + k * ahead.bytes + byte, 0, 2);
         });
     for (long i = 0; i < rows; i++) apply(m + i, load<floats>(sums[i]), load<floats>(sums[i] + LANES));

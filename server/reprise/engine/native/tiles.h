@@ -1,8 +1,8 @@
 // The matrix unit of CPUs that have one (AMX): up to 32 rows times up to 32 columns at once.
 //
 // A sum has one order here too, whichever rows are beside it: each instruction adds up the products of at most 32
-// neighbours along the inner dimension, and adds that to what was before. It is not the order of the vectors, so whether
-// a product runs here must depend on the weights' shape alone, never on the number of rows.
+// neighbours along the inner dimension, the even and the odd ones apart, and adds that to what was before. It is not the
+// order of the vectors, so whether a product runs here must depend on shapes of the model alone, never on the number of rows.
 #pragma once
 
 #include "vectors.h"
@@ -72,6 +72,7 @@ class MatrixUnit {
     shape(5, lower, 4 * num_pairs);
     settle();
     _tile_loadconfig(&shapes);
+    settle();
   }
 
   // sums (+)= rows times columns, over num_steps instructions. columns(k): where the left and the right columns of the
