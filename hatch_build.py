@@ -48,16 +48,22 @@ class NativeDecoder(BuildHookInterface[Any]):
             return
         for stale in NATIVE.glob("decoder-*.so"):
             stale.unlink()
-        sources = f"-DREPRISE_SOURCES={sources_digest(NATIVE):#x}ull"
+        command = [compiler, *COMMON, f"-DREPRISE_SOURCES={sources_digest(NATIVE):#x}ull"]
+        command += map(str, sorted(NATIVE.glob("*.cpp")))
         variants = X86_64 if platform.machine() in ("x86_64", "AMD64") else {"generic": []}
-        for name, flags in variants.items():
-            library = NATIVE / f"decoder-{name}.so"
-            command = [compiler, *COMMON, sources, *flags, *map(str, sorted(NATIVE.glob("*.cpp"))), "-o", str(library)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 # our own command
-            if done.returncode:
-                self.app.display_warning(f"the native decoder cannot be compiled for {name}: {done.stderr[:500]}")
+        libraries = {name: NATIVE / f"decoder-{name}.so" for name in variants}
+        compilations = {
+            name: subprocess.Popen(  # noqa: S603 # our own command
+                [*command, *flags, "-o", str(libraries[name])], stderr=subprocess.PIPE, text=True
+            )
+            for name, flags in variants.items()
+        }
+        for name, compilation in compilations.items():
+            complaints = compilation.communicate()[1]
+            if compilation.returncode:
+                self.app.display_warning(f"the native decoder cannot be compiled for {name}: {complaints[:500]}")
             else:
-                build_data["artifacts"].append(str(library.relative_to(Path(self.root))))
+                build_data["artifacts"].append(str(libraries[name].relative_to(Path(self.root))))
                 build_data["pure_python"] = False
         if not build_data.get("pure_python", True):
             build_data["tag"] = f"py3-none-{_platform_tag()}"
