@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from benchmarks.local_server import LocalServer, running_server, start_server
+from reprise.engine.math_libraries import ask_for_one_order_here
 
 pytest_plugins = ["support.live_servers"]
+
+# As an engine does when it loads: here models compute before the first one is loaded.
+ask_for_one_order_here(os.environ)
 
 LIVE_SERVER_FIXTURES = {"live_server", "live_base_url"}
 

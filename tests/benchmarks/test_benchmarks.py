@@ -34,6 +34,7 @@ from benchmarks.report import percentile, table
 from benchmarks.streaming import StreamTimes, stream_completion
 from reprise.engine import attention
 from reprise.engine.native.library import built_variants
+from support.one_order import need_products_that_do_not_repeat
 
 FIXED_ATTENTION = attention.attend
 ROOT = Path(__file__).parents[2]
@@ -319,6 +320,7 @@ def test_layers_finds_nothing_among_the_engines_ways(model: str, capsys: pytest.
 
 
 def test_layers_names_the_module_after_torchs_attention(capsys: pytest.CaptureFixture[str]) -> None:
+    need_products_that_do_not_repeat()
     code, (found,) = layers_of(capsys, ["--attention", "torch", "--ways", "decode", "--tokens", "140"])
     assert code == 1
     assert ".self_attn." in found["first_difference"]
@@ -328,6 +330,7 @@ def test_layers_names_the_module_after_torchs_attention(capsys: pytest.CaptureFi
 
 
 def test_layers_names_the_first_product_where_steps_are_not_filled_up(capsys: pytest.CaptureFixture[str]) -> None:
+    need_products_that_do_not_repeat()
     code, (found,) = layers_of(capsys, ["--off", "--ways", "decode", "--tokens", "140"])
     assert code == 1
     assert found["first_difference"] == "model.layers.0.self_attn.q_proj"

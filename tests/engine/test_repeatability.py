@@ -22,6 +22,7 @@ from reprise.ipc.messages import Add
 from reprise.types import SamplingParams
 from support import tiny_models
 from support.engine_driver import Result, build_core, drain, load_from
+from support.one_order import need_products_that_do_not_repeat
 
 DENSE = ["llama", "qwen3", "mistral-window", "gemma2", "gemma3", "gpt-neox", "gpt2", "phi3"]
 EXPERTS = ["mixtral", "qwen3-moe", "qwen2-moe", "granitemoe", "deepseek-v3", "gpt-oss"]
@@ -183,6 +184,7 @@ class TestStartUpCheck:
     def test_finds_torchs_attention(
         self, name: str, dtype: str, wide_directory: ModelDirectory, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        need_products_that_do_not_repeat()
         if name == "gemma2":  # its soft cap is none that torch has
             monkeypatch.setattr(attention, "KEY_BLOCK", 64)
             monkeypatch.setattr(attention, "ROW_MULTIPLE", 1)
@@ -196,6 +198,7 @@ class TestStartUpCheck:
     def test_finds_steps_that_are_not_filled_up(
         self, name: str, wide_directory: ModelDirectory, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        need_products_that_do_not_repeat()
         monkeypatch.setattr(model_runner, "ROW_MULTIPLE", 1)
         ready = load_from(wide_directory(name), dtype="float32").ready
         assert not ready.deterministic
@@ -205,11 +208,13 @@ class TestStartUpCheck:
     def test_finds_experts_whose_rows_are_not_filled_up(
         self, name: str, wide_directory: ModelDirectory, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        need_products_that_do_not_repeat()
         monkeypatch.setattr(experts, "ROW_MULTIPLE", 1)
         assert not load_from(wide_directory(name), dtype="float32").ready.deterministic
 
     def test_finds_experts_that_it_could_not_reach(self) -> None:
         """As a class that runs its experts in its own way."""
+        need_products_that_do_not_repeat()
         model = tiny_models.build("mixtral", width=320)
         own = model.config._experts_implementation
         shapes = paged_gate(model).shapes
@@ -252,6 +257,7 @@ class TestSetting:
     def test_asked_for_and_not_to_be_had_is_refused_with_the_cause_and_what_to_do(
         self, wide_directory: ModelDirectory, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        need_products_that_do_not_repeat()
         monkeypatch.setattr(attention, "attend", by_torch)
         with pytest.raises(ModelLoadError, match=r"--deterministic was asked for.*attention of a token.*--tier padded"):
             load_from(wide_directory("llama"), deterministic=True)

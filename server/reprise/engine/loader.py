@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from reprise.engine.execution import MAX_DRAFT_ROWS, Execution, NativeMismatchError, checked, choose_execution
 from reprise.engine.load_progress import loading_weights
 from reprise.engine.mapped_model import map_model
+from reprise.engine.math_libraries import ask_for_one_order_here
 from reprise.engine.memory import kv_budget
 from reprise.engine.model_runner import ModelRunner
 from reprise.engine.scheduler import SchedulingLimits
@@ -64,6 +66,8 @@ def load(config: EngineConfig, progress: Progress) -> LoadedModel:
     device = choose_device(config.device)
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
+    if config.deterministic is not False:
+        ask_for_one_order_here(os.environ)
     progress("reading the configuration", 0.0)
     model_config = load_config(config)
     dtype = choose_dtype(config.dtype, model_config, device)

@@ -162,7 +162,7 @@ class Sampler:
             rows = [row for row, p in enumerate(parameters) if p.temperature >= GREEDY_BELOW and is_on(p)]
             if rows:
                 index = to_device(rows, raw.device)
-                processed = process(scores[index], [value(parameters[row]) for row in rows])
+                processed = process(self._selection, scores[index], [value(parameters[row]) for row in rows])
                 scores = scores.index_copy(0, index, processed)
         return scores
 
@@ -213,22 +213,22 @@ class Sampler:
         return token_ids
 
 
-_Process = Callable[[Tensor, list[Any]], Tensor]
+_Process = Callable[[Selection, Tensor, list[Any]], Tensor]
 
 
-def _top_k(scores: Tensor, k: list[int]) -> Tensor:
+def _top_k(_: Selection, scores: Tensor, k: list[int]) -> Tensor:
     return processors.top_k(scores, to_device(k, scores.device), max(k))
 
 
 def _with_values(process: Callable[[Tensor, Tensor], Tensor]) -> _Process:
-    return lambda scores, values: process(scores, to_device(values, scores.device))
+    return lambda _, scores, values: process(scores, to_device(values, scores.device))
 
 
 _Warper = tuple[Callable[[SamplingParams], Any], Callable[[SamplingParams], bool], _Process]
 _WARPERS: tuple[_Warper, ...] = (
     (lambda p: p.temperature, lambda p: p.temperature != 1.0, _with_values(processors.temperature)),
     (lambda p: p.top_k, lambda p: p.top_k > 0, _top_k),
-    (lambda p: p.top_p, lambda p: p.top_p < 1.0, _with_values(processors.top_p)),
+    (lambda p: p.top_p, lambda p: p.top_p < 1.0, lambda selection, scores, p: selection.top_p(scores, p)),
     (lambda p: p.min_p, lambda p: p.min_p > 0.0, _with_values(processors.min_p)),
     (lambda p: p.typical_p, lambda p: p.typical_p < 1.0, _with_values(processors.typical_p)),
 )

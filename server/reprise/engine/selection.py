@@ -1,4 +1,4 @@
-"""The two passes over all scores of a step that choosing a token takes, on whatever computes them fastest."""
+"""The passes over all scores of a step that choosing a token takes, on whatever computes them fastest."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from reprise.engine import logits
 from reprise.engine.device import to_device
 from reprise.engine.noise import gumbel
 
@@ -23,12 +24,15 @@ class Highest(NamedTuple):
 
 
 class Selection(Protocol):
-    """Both take scores [B, vocab] float32."""
+    """All take scores [B, vocab] float32."""
 
     def highest(self, scores: Tensor) -> Highest: ...
 
     def draw(self, scores: Tensor, keys: list[int]) -> Tensor:
         """[B] int64: the tokens whose scores plus Gumbel noise are highest. `keys`: of `noise.draw_key`, one a row."""
+
+    def top_p(self, scores: Tensor, p: list[float]) -> Tensor:
+        """As `logits.top_p`, but for rounding where the probability that is left out is summed up."""
 
 
 class TorchSelection:
@@ -41,3 +45,6 @@ class TorchSelection:
     def draw(self, scores: Tensor, keys: list[int]) -> Tensor:
         noise = gumbel(to_device(keys, scores.device), scores.shape[-1])
         return (scores + noise).argmax(dim=-1)
+
+    def top_p(self, scores: Tensor, p: list[float]) -> Tensor:
+        return logits.top_p(scores, to_device(p, scores.device))

@@ -87,13 +87,22 @@ class Step(Structure):
     )
 
 
-def cpu_flags() -> frozenset[str]:
-    """Of the first CPU, as Linux tells them; none on other systems."""
+def _of_first_cpu(name: str) -> str:
+    """As Linux tells it; nothing on other systems."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return frozenset()
-    return frozenset(next((line for line in lines if line.startswith("flags")), "").partition(":")[2].split())
+        return ""
+    return next((line for line in lines if line.startswith(name)), "").partition(":")[2].strip()
+
+
+def cpu_flags() -> frozenset[str]:
+    return frozenset(_of_first_cpu("flags").split())
+
+
+def cpu_vendor() -> str:
+    """For example GenuineIntel or AuthenticAMD."""
+    return _of_first_cpu("vendor_id")
 
 
 def library_name(variant: str) -> str:
@@ -141,6 +150,8 @@ def load_variant(variant: str) -> ctypes.CDLL | None:
     library.reprise_highest.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p]
     library.reprise_draw.restype = c_int
     library.reprise_draw.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p]
+    library.reprise_keep_top_p.restype = c_int
+    library.reprise_keep_top_p.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p]
     library.reprise_forward.restype = c_int
     library.reprise_forward.argtypes = [c_void_p, POINTER(Decoder), POINTER(Step), c_int]
     return library

@@ -1,6 +1,9 @@
-// Choosing tokens from scores: the most likely one, or the Gumbel maximum under the noise of noise.py.
+// Choosing tokens from scores: the most likely one, those that top_p leaves, or the Gumbel maximum under the noise of
+// noise.py.
 
 #include <math.h>
+
+#include <algorithm>
 
 #include "context.h"
 #include "vectors.h"
@@ -14,6 +17,8 @@ typedef Vector<double, 8>::type doubles;
 typedef Vector<int64_t, 8>::type longs;
 typedef Vector<uint64_t, 8>::type hashes;
 
+using ::maximum;
+using ::splat;
 inline doubles splat(double x) { return x - doubles{}; }
 
 // As many floats as V has doubles, as those.
@@ -112,6 +117,85 @@ void draw(Context& context, const float* scores, long num_rows, long size, const
   }
 }
 
+constexpr int BUCKETS_PER_NAT = 64;
+constexpr int NUM_BUCKETS = 87 * BUCKETS_PER_NAT + 1;  // what is further below the highest has no probability in float32
+
+inline floats lanes_from(const float* x, long first, long size) {
+  if (first + LANES <= size) return load<floats>(x + first);
+  float lanes[LANES];
+  for (int lane = 0; lane < LANES; lane++) lanes[lane] = first + lane < size ? x[first + lane] : -__builtin_inff();
+  return load<floats>(lanes);
+}
+
+// Which bucket scores are in: 0 holds the highest.
+inline ints bucket_of(floats v, float highest) {
+  floats steps = (splat(highest) - v) * splat((float)BUCKETS_PER_NAT);
+  return numbers_as<ints>(select(steps < splat((float)(NUM_BUCKETS - 1)), steps, splat((float)(NUM_BUCKETS - 1))));
+}
+
+struct Candidate {
+  float score, weight;
+  long token;
+  bool operator<(const Candidate& other) const { return score != other.score ? score < other.score : token < other.token; }
+};
+
+// What one thread works in; made beforehand, since no exception may leave a thread.
+struct Sorting {
+  explicit Sorting(long size) : masses(NUM_BUCKETS) { candidates.reserve(size); }
+  std::vector<double> masses;  // of the buckets
+  std::vector<Candidate> candidates;
+};
+
+// kept[size] = x, with minus infinity for whatever p leaves out: from the lowest score on, the first token first where some
+// are equal, all whose probability together is at most 1 - p, but never the last. Rows without a sum stay as they are.
+//
+// Only one bucket of scores has to be sorted: the others are in or out as a whole.
+void keep_top_p(const float* x, long size, float p, float* kept, Sorting& work) {
+  memcpy(kept, x, size * sizeof(float));
+  floats peak = splat(-__builtin_inff());
+  ints nan{};
+  for (long i = 0; i < size; i += LANES) {
+    floats v = lanes_from(x, i, size);
+    nan = nan | (v != v);
+    peak = maximum(v, peak);
+  }
+  float highest = maximum(peak);
+  if (any(nan) || !isfinite(highest)) return;
+  auto& [masses, candidates] = work;
+  std::fill(masses.begin(), masses.end(), 0.0);
+  candidates.clear();
+  float weights[LANES];
+  int32_t buckets[LANES];
+  auto weigh = [&](long first) {
+    floats v = lanes_from(x, first, size);
+    store(weights, exponential(v - splat(highest)));
+    store(buckets, bucket_of(v, highest));
+  };
+  for (long i = 0; i < size; i += LANES) {
+    weigh(i);
+    for (int lane = 0; lane < LANES; lane++) masses[buckets[lane]] += weights[lane];
+  }
+  double total = 0, below = 0;
+  for (int bucket = NUM_BUCKETS - 1; bucket >= 0; bucket--) total += masses[bucket];
+  const double limit = (double)(1.0f - p) * total;
+  int border = NUM_BUCKETS - 1;
+  for (; border > 0 && below + masses[border] <= limit; border--) below += masses[border];
+  for (long i = 0; i < size; i += LANES) {
+    weigh(i);
+    for (int lane = 0; lane < LANES && i + lane < size; lane++) {
+      if (buckets[lane] > border) kept[i + lane] = -__builtin_inff();
+      if (buckets[lane] == border) candidates.push_back({x[i + lane], weights[lane], i + lane});
+    }
+  }
+  std::sort(candidates.begin(), candidates.end());
+  long num_others = border ? (long)candidates.size() : (long)candidates.size() - 1;
+  for (long c = 0; c < num_others; c++) {
+    below += candidates[c].weight;
+    if (below > limit) break;
+    kept[candidates[c].token] = -__builtin_inff();
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -148,6 +232,16 @@ void reprise_highest(Context* context, const float* scores, int64_t num_rows, in
 int reprise_draw(Context* context, const float* scores, int64_t num_rows, int64_t size, const uint64_t* keys,
                  int32_t* token_ids) {
   return guarded([&] { draw(*context, scores, num_rows, size, keys, token_ids); });
+}
+
+// kept[num_rows][size]: scores with minus infinity for what p[row] leaves out.
+int reprise_keep_top_p(Context* context, const float* scores, int64_t num_rows, int64_t size, const float* p, float* kept) {
+  return guarded([&] {
+    std::vector<Sorting> work(context->pool.size(), Sorting(size));
+    context->pool.run(num_rows, [&](long row, int thread) {
+      keep_top_p(scores + row * size, size, p[row], kept + row * size, work[thread]);
+    });
+  });
 }
 
 }  // extern "C"

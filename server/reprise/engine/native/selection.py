@@ -41,3 +41,15 @@ class NativeSelection:
             )
         )
         return token_ids.long()
+
+    def top_p(self, scores: Tensor, p: list[float]) -> Tensor:
+        scores = scores.contiguous()
+        num_rows, size = scores.shape
+        shares = np.array(p, dtype=np.float32)
+        kept = torch.empty_like(scores)
+        check_outcome(
+            self._context.library.reprise_keep_top_p(
+                self._context.handle, scores.data_ptr(), num_rows, size, shares.ctypes.data, kept.data_ptr()
+            )
+        )
+        return kept
