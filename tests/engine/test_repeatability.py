@@ -172,6 +172,7 @@ def by_torch(query: Any, keys: Any, values: Any, visible: Any, *, scale: float, 
 def test_an_attention_without_fixed_order_is_found(
     wide_directory: ModelDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    need_products_that_do_not_repeat()
     monkeypatch.setattr(attention, "attend", by_torch)
     results = circumstances(wide_directory("llama"), "float32", "paged", passes_check=False)
     found = {how: exact(of_way) for how, of_way in results.items()}
