@@ -12,7 +12,7 @@ import pytest
 from benchmarks.shapes import write_model
 from reprise.engine.math_libraries import ask_for_one_order, ask_for_one_order_here
 from support.engine_driver import load_from
-from support.one_order import ANY_ORDER
+from support.one_order import ANY_ORDER, any_order, products_repeat
 
 AMX = frozenset({"avx512_bf16", "amx_tile"})
 PROGRAM = """
@@ -69,3 +69,23 @@ def test_an_engine_asks_for_it_unless_it_need_not_repeat(
     if deterministic is not False:
         ask_for_one_order_here(asked)
     assert {name: os.environ[name] for name in ANY_ORDER if name in os.environ} == asked
+
+
+@pytest.mark.skipif(not products_repeat(), reason="they run where they stand")
+def test_what_moves_is_found_where_products_move() -> None:
+    """Tests that this process skips, in one whose libraries are asked for nothing."""
+    searches = "finds_torchs or not_filled_up or without_fixed_order or not_to_be_had or layers_names"
+    files = ["tests/engine/test_repeatability.py", "tests/benchmarks/test_benchmarks.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *files, "-k", searches]
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(
+        command,
+        env={**environ, **any_order()},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "19 passed" in done.stdout
+    assert "skipped" not in done.stdout

@@ -21,7 +21,7 @@ def any_order() -> dict[str, str]:
 
 
 @cache
-def _products_repeat() -> bool:
+def products_repeat() -> bool:
     generator = torch.Generator().manual_seed(1)
     x, weight = (torch.randn(64, 320, generator=generator) for _ in range(2))
     whole = functional.linear(x, weight)
@@ -30,5 +30,5 @@ def _products_repeat() -> bool:
 
 def need_products_that_do_not_repeat() -> None:
     """Skips the test where this process keeps one order for any number of rows, as MKL can on Intel's CPUs."""
-    if _products_repeat():
+    if products_repeat():
         pytest.skip("the libraries below torch keep one order of summation here")
