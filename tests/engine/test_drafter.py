@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from reprise.engine.drafter import MAX_DRAFT, REST, Draft, Drafter, DraftLength
+from reprise.engine.prediction import Prediction
+from reprise.engine.prompt_lookup import PromptLookup
 from reprise.engine.sequence import Sequence
 from reprise.types import SamplingParams
 
@@ -17,6 +19,9 @@ class Fixed:
         self.cost = cost
         self.asked: list[int] = []
         self.forgotten: list[Sequence] = []
+
+    def knows(self, sequence: Sequence) -> bool:  # noqa: ARG002 # about all of them
+        return bool(self.draft)
 
     def guess(self, lengths: Mapping[Sequence, int]) -> Mapping[Sequence, Draft]:
         self.asked += lengths.values()
@@ -103,3 +108,15 @@ def test_what_ended_is_forgotten_once() -> None:
     drafter.forget(one)
     drafter.note(one, 2, 0)
     assert guesser.forgotten == [one]
+
+
+def test_it_knows_of_a_sequence_what_any_of_its_guessers_does() -> None:
+    nothing, something, one = Fixed(()), Fixed((1, 2)), sequence()
+    assert Drafter([nothing, something], 100).knows(one)
+    assert not Drafter([nothing], 100).knows(one)
+    assert not Prediction().knows(one)
+    parameters = SamplingParams(seed=0, max_tokens=100)
+    assert Prediction().knows(
+        Sequence(2, choice_index=0, prompt_token_ids=[1], sampling=parameters, prediction_token_ids=[5, 6])
+    )
+    assert PromptLookup().knows(one)

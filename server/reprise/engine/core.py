@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reprise.engine.device import to_device
 from reprise.engine.model_runner import Anticipating, ModelRunner
-from reprise.engine.sampler import Sampled, Sampler, no_numbers, row_logprobs
+from reprise.engine.sampler import RowLogprobs, Sampled, Sampler, no_numbers
 from reprise.engine.scheduler import Batch, ScheduledSequence, Scheduler
 from reprise.engine.sequence import Sequence
 from reprise.engine.shortage import is_shortage, release_caches
@@ -199,15 +199,16 @@ class EngineCore:
         broken: set[int] = set()
         offset = 0
         for scheduled in batch:
+            sequence = scheduled.sequence
             first, offset = offset, offset + scheduled.num_logit_rows
-            if scheduled.sequence.scores_prompt:
+            if sequence.scores_prompt:
                 rows = logits[first:offset]
                 _score_prompt(scheduled, rows)
-                if bool(no_numbers(rows.float()).any()):
-                    broken.add(scheduled.sequence.sequence_id)
-            if scheduled.completes_pass and scheduled.sequence.sampling.max_tokens > 0:
+                if no_numbers(rows.float()):
+                    broken.add(sequence.sequence_id)
+            if sequence.sampling.max_tokens > 0 and scheduled.completes_pass:
                 count = 1 + len(scheduled.draft_token_ids)
-                sequences += [scheduled.sequence] * count
+                sequences += [sequence] * count
                 sampled_rows += range(offset - count, offset)
                 ahead += range(count)
         drawn: Drawn = {s.sequence.sequence_id: [] for s in batch}
@@ -308,5 +309,5 @@ def _score_prompt(scheduled: ScheduledSequence, rows: Tensor) -> None:
         return
     wanted = to_device(targets, rows.device)
     count = sequence.sampling.num_prompt_logprobs
-    scored = row_logprobs(rows[: len(targets)].float(), wanted, [count] * len(targets))
+    scored = RowLogprobs(rows[: len(targets)].float(), wanted, [count] * len(targets)).rows()
     sequence.prompt_logprobs[scheduled.start + 1 : scheduled.start + 1 + len(targets)] = scored

@@ -52,6 +52,9 @@ class DraftModel:
         self._followed: dict[Sequence, _Followed] = {}
         self._failed = False
 
+    def knows(self, sequence: Sequence) -> bool:  # noqa: ARG002 # about all of them
+        return True
+
     def guess(self, lengths: Mapping[Sequence, int]) -> Mapping[Sequence, Draft]:
         """Nothing, from now on, once the draft model has failed: guesses are not worth an answer."""
         if self._failed:

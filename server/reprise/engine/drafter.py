@@ -27,6 +27,9 @@ class Guesser(Protocol):
     def cost(self) -> float:
         """Of one guess, as a share of a step of the model."""
 
+    def knows(self, sequence: Sequence) -> bool:
+        """Whether it may ever have a guess about this one."""
+
     def guess(self, lengths: Mapping[Sequence, int]) -> Mapping[Sequence, Draft]:
         """For each sequence at most so many tokens, at least 1; those about which nothing is known are left out."""
 
@@ -74,6 +77,10 @@ class Drafter:
         self._num_token_ids = num_token_ids
         self._lengths: dict[Sequence, list[DraftLength]] = {}
         self._origins: dict[Sequence, int] = {}
+
+    def knows(self, sequence: Sequence) -> bool:
+        """Whether there may ever be a guess about this one: the same answer for all of its life."""
+        return any(guesser.knows(sequence) for guesser in self._guessers)
 
     def propose(self, most: Mapping[Sequence, int]) -> dict[Sequence, Draft]:
         """What may come next, at most so many tokens of each; sequences without a guess are left out."""

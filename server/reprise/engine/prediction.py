@@ -18,6 +18,9 @@ class Prediction:
         self._alignments: dict[Sequence, tuple[Alignment, int]] = {}
         """Of each sequence, with the number of its output tokens that were taken in."""
 
+    def knows(self, sequence: Sequence) -> bool:
+        return bool(sequence.prediction_token_ids)
+
     def guess(self, lengths: Mapping[Sequence, int]) -> dict[Sequence, Draft]:
         return {
             sequence: draft

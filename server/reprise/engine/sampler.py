@@ -14,7 +14,7 @@ from reprise.engine import logits as processors
 from reprise.engine.bad_words import BadWordAutomaton, TokenTable
 from reprise.engine.device import Fetch, to_device
 from reprise.engine.noise import draw_key
-from reprise.engine.selection import Highest, Selection, TorchSelection
+from reprise.engine.selection import Selection, TorchSelection
 from reprise.engine.sequence import Sequence
 from reprise.types import SamplingParams, TokenLogprobs
 
@@ -113,7 +113,6 @@ class Sampler:
     def forget(self, sequence: Sequence) -> None:
         self._constraints.pop(sequence.sequence_id, None)
 
-    @torch.inference_mode()
     def sample(
         self,
         sequences: list[Sequence],
@@ -126,36 +125,45 @@ class Sampler:
         `ahead`: of each row, how many tokens lie between the sequence's last one and the row's: none by default, else
         the sequence is not constrained. `when_drawn` is given the tokens [B] int64 while they are on their way.
         """
-        raw = logits.float()
+        raw = _as_float32(logits)
         scores = self.processed(sequences, raw)
-        most_likely = self._selection.highest(raw)
-        best = most_likely if scores is raw else self._selection.highest(scores)
-        token_ids = self._draw(sequences, scores, best.token_ids, ahead or [0] * len(sequences))
-        broken = _are_broken(most_likely) | best.has_nan
-        barred = best.scores == processors.REMOVED
-        logprobs = RowLogprobs(raw, token_ids, [sequence.sampling.num_logprobs for sequence in sequences])
-        chosen = Fetch([broken, barred, token_ids])
+        choices = self._selection.choose(scores, _keys(sequences, ahead))
+        of_model = choices if scores is raw else self._selection.choose(raw, [None] * len(sequences))
+        counts = [sequence.sampling.num_logprobs for sequence in sequences]
+        logprobs = None if counts.count(None) == len(counts) else RowLogprobs(raw, choices.token_ids, counts)
         if when_drawn is not None:
-            when_drawn(token_ids)
+            when_drawn(choices.token_ids)
+        rows = choices.rows()
+        rows_of_model = rows if of_model is choices else of_model.rows()
+        scored_rows = logprobs.rows() if logprobs is not None else [None] * len(rows)
         sampled = []
-        for is_broken, is_barred, token_id, of_row in zip(*chosen.lists(), logprobs.rows(), strict=True):
-            if is_broken:
+        for row, by_model, scored in zip(rows, rows_of_model, scored_rows, strict=True):
+            if row.has_nan or by_model.has_nan or by_model.infinite:
                 sampled.append(Sampled(error_code="numerical_error"))
-            elif is_barred:
+            elif row.infinite < 0:
                 sampled.append(Sampled(error_code="no_admissible_token"))
             else:
-                sampled.append(Sampled(token_id, of_row))
+                sampled.append(Sampled(row.token_id, scored))
         return sampled
 
-    @torch.inference_mode()
     def choose(self, sequences: list[Sequence], logits: Tensor, ahead: list[int]) -> list[int]:
         """The token ids that `sample` would give, and nothing else. Rows without numbers give any id."""
-        scores = self.processed(sequences, logits.float())
-        ids: list[int] = self._draw(sequences, scores, self._selection.highest(scores).token_ids, ahead).tolist()
-        return ids
+        scores = self.processed(sequences, _as_float32(logits))
+        return [row.token_id for row in self._selection.choose(scores, _keys(sequences, ahead)).rows()]
 
     def processed(self, sequences: list[Sequence], raw: Tensor) -> Tensor:
-        """The scores that the draw is made from [B, vocab] float32, in the order that SamplingParams states."""
+        """The scores that the draw is made from [B, vocab] float32, in the order that SamplingParams states.
+
+        `raw` itself where no sequence asks for anything.
+        """
+        if any(
+            s.is_constrained or (s.sampling.temperature >= GREEDY_BELOW and _is_warped(s.sampling)) for s in sequences
+        ):
+            return self._processed(sequences, raw)
+        return raw
+
+    @torch.inference_mode()
+    def _processed(self, sequences: list[Sequence], raw: Tensor) -> Tensor:
         scores = self._constrained(sequences, raw)
         parameters = [sequence.sampling for sequence in sequences]
         for value, is_on, process in _WARPERS:
@@ -199,18 +207,15 @@ class Sampler:
         constraints.catch_up()
         return constraints
 
-    def _draw(self, sequences: list[Sequence], scores: Tensor, token_ids: Tensor, ahead: list[int]) -> Tensor:
-        """[B] int64: of `token_ids`, the most likely ones, where the temperature is 0, else the Gumbel maximum."""
-        rows = [row for row, sequence in enumerate(sequences) if sequence.sampling.temperature >= GREEDY_BELOW]
-        if rows:
-            keys = [
-                draw_key(s.sampling.seed, s.choice_index, s.num_output_tokens + ahead[row])
-                for row, s in ((row, sequences[row]) for row in rows)
-            ]
-            index = to_device(rows, scores.device)
-            drawn = self._selection.draw(scores if len(rows) == len(sequences) else scores[index], keys)
-            token_ids = token_ids.index_copy(0, index, drawn)
-        return token_ids
+
+def _keys(sequences: list[Sequence], ahead: list[int] | None) -> list[int | None]:
+    """Of the draw that each row is for; None where its temperature is 0."""
+    return [
+        draw_key(s.sampling.seed, s.choice_index, s.num_output_tokens + between)
+        if s.sampling.temperature >= GREEDY_BELOW
+        else None
+        for s, between in zip(sequences, ahead or [0] * len(sequences), strict=True)
+    ]
 
 
 _Process = Callable[[Selection, Tensor, list[Any]], Tensor]
@@ -234,30 +239,33 @@ _WARPERS: tuple[_Warper, ...] = (
 )
 
 
-def no_numbers(raw: Tensor) -> Tensor:
-    """[B] bool: the rows of logits that hold NaN or plus infinity, or nothing but minus infinity."""
-    return _are_broken(TorchSelection().highest(raw))
+def _is_warped(sampling: SamplingParams) -> bool:
+    return any(is_on(sampling) for _, is_on, _ in _WARPERS)
 
 
-def _are_broken(found: Highest) -> Tensor:
-    return found.has_nan | torch.isinf(found.scores)
+def _as_float32(logits: Tensor) -> Tensor:
+    return logits if logits.dtype is torch.float32 else logits.float()
 
 
-def row_logprobs(raw: Tensor, token_ids: Tensor, counts: list[int | None]) -> list[TokenLogprobs | None]:
-    """Log-probabilities under the model's own distribution: of `token_ids` [B], and of the `counts[row]` best."""
-    return RowLogprobs(raw, token_ids, counts).rows()
+def no_numbers(raw: Tensor) -> bool:
+    """Whether some row of logits [B, vocab] holds NaN or plus infinity, or nothing but minus infinity."""
+    rows = TorchSelection().choose(raw, [None] * raw.shape[0]).rows()
+    return any(row.has_nan or row.infinite for row in rows)
 
 
 class RowLogprobs:
-    """The same on its way to the host."""
+    """Log-probabilities under the model's own distribution on their way to the host.
 
+    Of `token_ids`, and of the `counts[row]` best; None where they are not asked for, which is not everywhere.
+    """
+
+    @torch.inference_mode()
     def __init__(self, raw: Tensor, token_ids: Tensor, counts: list[int | None]) -> None:
+        """raw: [B, vocab] float32. token_ids: [B] int64."""
         self._counts = counts
         self._rows = [row for row, count in enumerate(counts) if count is not None]
-        if not self._rows:
-            return
         index = to_device(self._rows, raw.device)
-        logprobs = raw[index].float().log_softmax(dim=-1).clamp(min=LOWEST_LOGPROB)
+        logprobs = raw[index].log_softmax(dim=-1).clamp(min=LOWEST_LOGPROB)
         ids = token_ids[index]
         most = min(max(NUM_RANKED, *(count for count in counts if count is not None)), raw.shape[-1])
         best, best_ids = torch.topk(logprobs, most, dim=-1)
@@ -266,8 +274,6 @@ class RowLogprobs:
     def rows(self) -> list[TokenLogprobs | None]:
         """Waits until they are there."""
         result: list[TokenLogprobs | None] = [None] * len(self._counts)
-        if not self._rows:
-            return result
         for row, token_id, chosen, best_ids, best in zip(self._rows, *self._fetch.lists(), strict=True):
             count = self._counts[row] or 0
             result[row] = TokenLogprobs(token_id, chosen, list(zip(best_ids[:count], best[:count], strict=True)))

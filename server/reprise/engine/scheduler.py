@@ -305,6 +305,8 @@ class Scheduler:
             self._preempted.remove(sequence)
         sequence.status = SequenceStatus.RUNNING
         bisect.insort(self._running, sequence, key=lambda s: s.arrival)
+        grown = self._grow(sequence, num_cached + num_tokens)
+        assert grown
         self._schedule(sequence, num_tokens, plan)
         return True
 
@@ -322,8 +324,6 @@ class Scheduler:
 
     def _schedule(self, sequence: Sequence, num_tokens: int, plan: _Plan) -> None:
         scheduled = ScheduledSequence(sequence, sequence.num_computed_tokens, num_tokens)
-        grown = self._grow(sequence, scheduled.end)
-        assert grown
         plan.add(scheduled)
         if self._limits.prefix_cache and sequence.uses_prefix_cache:
             # Blocks that were filled by drafts are whole since the last step.
@@ -336,19 +336,19 @@ class Scheduler:
     def _add_drafts(self, plan: _Plan, drafter: Drafter) -> None:
         """Fill up a step of single tokens with what its sequences may say next, in equal shares."""
         batch = plan.batch
+        takers = [s for s in batch if drafter.knows(s.sequence) and s.completes_pass and s.sequence.takes_drafts]
         room = min(self._limits.max_draft_rows - len(batch), plan.budget)
         share = room // len(batch) if batch else 0
-        if share <= 0 or any(scheduled.num_tokens > 1 for scheduled in batch):
+        if not takers or share <= 0 or any(scheduled.num_tokens > 1 for scheduled in batch):
             return
         drafts = drafter.propose(
             {
                 # The token behind the draft is the last that may come.
                 s.sequence: min(share, s.sequence.sampling.max_tokens - s.sequence.num_output_tokens - 1)
-                for s in batch
-                if s.completes_pass and s.sequence.takes_drafts
+                for s in takers
             }
         )
-        for scheduled in batch:
+        for scheduled in takers:
             draft = drafts.get(scheduled.sequence, ())
             if draft and self._grow(scheduled.sequence, scheduled.end + len(draft)):
                 plan.add(dataclasses.replace(scheduled, draft_token_ids=draft))

@@ -218,11 +218,23 @@ def test_other_types_stay_with_torch() -> None:
     assert "float16 on cpu" in unsupported(build("llama", torch.float16))
 
 
-def test_a_token_beyond_the_embeddings_is_refused() -> None:
-    runner = runner_of(build("llama", torch.float32), None)
-    for token_id in (SHAPE["vocab_size"], -1):
+@pytest.mark.parametrize("block_size", [BLOCK, 2 * BLOCK])
+def test_what_the_decoder_has_not_is_refused(block_size: int) -> None:
+    """By the library itself, before it reads or writes anything there."""
+    runner = runner_of(build("llama", torch.float32), None, block_size=block_size)
+    num_blocks = 64 * BLOCK // block_size
+    longer = [1] * (block_size + 1)
+    rows(runner, (sequence_of(1, longer, [0, num_blocks - 1]), 0, len(longer)))
+    for token_ids, block_ids in (
+        ([1, SHAPE["vocab_size"]], [0]),
+        ([1, -1], [0]),
+        (longer, [0]),
+        (longer, [0, num_blocks]),
+        (longer, [0, -1]),
+        ([1] * 513, list(range(num_blocks))),
+    ):
         with pytest.raises(IndexError, match="embeddings"):
-            rows(runner, (sequence_of(1, [1, token_id], [0]), 0, 2))
+            rows(runner, (sequence_of(1, token_ids, block_ids), 0, len(token_ids)))
 
 
 def test_short_of_memory_is_an_error_and_passes() -> None:

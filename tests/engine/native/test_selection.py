@@ -21,8 +21,8 @@ def test_the_same_draws(size: int, threads: int) -> None:
     scores[:, size // 3] = float("-inf") if size > 5 else 0.0
     native = NativeSelection(NativeContext(threads))
     for position in range(20 if size < 1000 else 4):
-        keys = [draw_key(-3, row, position) for row in range(7)]
-        assert native.draw(scores, keys).tolist() == TorchSelection().draw(scores, keys).tolist()
+        keys = [None if row == position % 9 else draw_key(-3, row, position) for row in range(7)]
+        assert native.choose(scores, keys).rows() == TorchSelection().choose(scores, keys).rows()
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -33,18 +33,21 @@ def test_the_same_highest(size: int) -> None:
     scores[3] = float("-inf")
     scores[4, -1] = float("inf")
     scores[5, 0] = float("nan")
-    found, expected = NativeSelection(NativeContext(2)).highest(scores), TorchSelection().highest(scores)
-    assert found.has_nan.tolist() == expected.has_nan.tolist() == [False, False, True, False, False, True]
-    for row in (0, 1, 3, 4):
-        assert found.scores[row] == expected.scores[row]
-        assert found.token_ids[row] == int((scores[row] == expected.scores[row]).nonzero()[0])
-    assert ((found.token_ids >= 0) & (found.token_ids < size)).all()
+    choices = NativeSelection(NativeContext(2)).choose(scores, [None] * 6)
+    rows, expected = choices.rows(), TorchSelection().choose(scores, [None] * 6).rows()
+    assert [row.has_nan for row in rows] == [row.has_nan for row in expected] == [0, 0, 1, 0, 0, 1]
+    whole = [0, 1, 3, 4]
+    assert [rows[i].infinite for i in whole] == [expected[i].infinite for i in whole] == [0, 0, -1, 1]
+    for i in whole:
+        assert rows[i].token_id == int((scores[i] == scores[i].max()).nonzero()[0])
+    assert all(0 <= row.token_id < size for row in rows)
+    assert choices.token_ids.tolist() == [row.token_id for row in rows]
 
 
 def test_rows_that_are_not_contiguous() -> None:
     wide = torch.randn(4, 100, generator=torch.Generator().manual_seed(2))
     native = NativeSelection(NativeContext(1))
-    assert native.highest(wide[:, 10:60]).token_ids.tolist() == wide[:, 10:60].argmax(-1).tolist()
+    assert native.choose(wide[:, 10:60], [None] * 4).token_ids.tolist() == wide[:, 10:60].argmax(-1).tolist()
 
 
 REMOVED = float("-inf")

@@ -3,6 +3,7 @@
 
 #include <memory>
 #include <new>
+#include <stdexcept>
 #include <vector>
 
 #include "threads.h"
@@ -26,7 +27,7 @@ struct Context {
 };
 
 // What calls from outside return: no exception may leave this library.
-enum Outcome { DONE = 0, NO_MEMORY = 1, FAILED = 2 };
+enum Outcome { DONE = 0, NO_MEMORY = 1, FAILED = 2, OUT_OF_RANGE = 3 };
 
 template <class F> int guarded(const F& f) {
   try {
@@ -34,6 +35,8 @@ template <class F> int guarded(const F& f) {
     return DONE;
   } catch (const std::bad_alloc&) {
     return NO_MEMORY;
+  } catch (const std::out_of_range&) {
+    return OUT_OF_RANGE;
   } catch (...) {
     return FAILED;
   }

@@ -51,6 +51,7 @@ struct LayerWeights {
 
 struct Decoder {
   int64_t hidden, intermediate, num_heads, num_kv_heads, head_dim, vocab, num_layers;
+  int64_t num_embeddings, num_positions, num_blocks;  // blocks of BLOCK tokens
   float epsilon, scale;
   const LayerWeights* layers;
   Matrix embedding;              // [vocab, hidden], not INT4
@@ -60,19 +61,18 @@ struct Decoder {
   const float* sines;
 };
 
+// What is computed of one sequence: the last num_new of its num_tokens, and logits of the last of those.
 struct Span {
-  int64_t query_start, num_queries, num_tokens;
-  const int32_t* blocks;
+  int64_t num_new, num_tokens, num_logit_rows, num_blocks;
 };
 
 struct Step {
-  int64_t num_tokens, num_spans, num_logit_rows;
-  const int32_t* token_ids;      // [num_tokens]
-  const int32_t* positions;
-  const int32_t* slots;          // where keys and values of each token go
+  int64_t num_spans;
+  int64_t block_size;            // a multiple of BLOCK
   const Span* spans;
-  const int32_t* logit_rows;
-  float* logits;                 // [num_logit_rows][vocab]
+  const int32_t* token_ids;      // the new ones of all spans
+  const int32_t* block_ids;      // num_blocks of each span, in the order of its tokens
+  float* logits;                 // [rows][vocab], those of all spans
 };
 }
 
@@ -110,11 +110,47 @@ void pack(const typename T::element* weight, long row, long count, long inner, v
   }
 }
 
+// A step, laid out by rows. Throws std::out_of_range where it names what the decoder has not.
+struct Layout {
+  struct Queries {
+    long first_row, num_queries, num_tokens, first_block;
+  };
+  std::vector<Queries> spans;
+  std::vector<long> positions, slots;  // of each row; a slot is where its key and value go
+  std::vector<long> logit_rows;
+  std::vector<int32_t> blocks;         // of BLOCK tokens each
+
+  Layout(const Decoder& d, const Step& s) {
+    const long parts = s.block_size / BLOCK;
+    const int32_t* block_ids = s.block_ids;
+    for (long i = 0; i < s.num_spans; i++) {
+      const Span& span = s.spans[i];
+      Queries queries{(long)positions.size(), span.num_new, span.num_tokens, (long)blocks.size()};
+      if (span.num_tokens > d.num_positions || span.num_tokens > span.num_blocks * s.block_size) throw std::out_of_range("a position");
+      for (long b = 0; b * s.block_size < span.num_tokens; b++) {
+        long block = block_ids[b];
+        if (block < 0 || (block + 1) * parts > d.num_blocks) throw std::out_of_range("a block");
+        for (long part = 0; part < parts; part++) blocks.push_back((int32_t)(block * parts + part));
+      }
+      block_ids += span.num_blocks;
+      for (long p = span.num_tokens - span.num_new; p < span.num_tokens; p++) {
+        positions.push_back(p);
+        slots.push_back((long)blocks[queries.first_block + p / BLOCK] * BLOCK + p % BLOCK);
+      }
+      for (long r = span.num_logit_rows; r > 0; r--) logit_rows.push_back((long)positions.size() - r);
+      spans.push_back(queries);
+    }
+    for (size_t row = 0; row < positions.size(); row++)
+      if (s.token_ids[row] < 0 || s.token_ids[row] >= d.num_embeddings) throw std::out_of_range("a token id");
+  }
+};
+
 template <class T> struct Runner {
   typedef typename T::element element;
   typedef typename T::operand operand;
   const Decoder& d;
   const Step& s;
+  const Layout& layout;
   Pool& pool;
 
   // A run of panels times a run of rows, of one product.
@@ -252,21 +288,21 @@ template <class T> struct Runner {
   // Makes a block zero whose first token is about to be written: what it held before may be no number, and zero times that
   // is none either.
   void clear_blocks(const LayerWeights& layer, long token) const {
-    long slot = s.slots[token], size = d.num_kv_heads * BLOCK * d.head_dim * sizeof(element);
+    long slot = layout.slots[token], size = d.num_kv_heads * BLOCK * d.head_dim * sizeof(element);
     if (slot % BLOCK) return;
     memset(block_of(layer.keys, slot), 0, size);
     memset(block_of(layer.values, slot), 0, size);
   }
   // Writes one head of a token's key or value; they come as floats.
   void write_key(const LayerWeights& layer, long token, long head, const float* key) const {
-    long slot = s.slots[token], dim = d.head_dim;
+    long slot = layout.slots[token], dim = d.head_dim;
     element* k = block_of(layer.keys, slot) + head * BLOCK * dim + slot % BLOCK * T::PAIR;
     element rounded[MAX_HEAD_DIM];
     for (long i = 0; i < dim; i += LANES) T::keep(rounded + i, load<floats>(key + i));
     for (long i = 0; i < dim; i += T::PAIR) memcpy(k + i * BLOCK, rounded + i, T::PAIR * sizeof(element));
   }
   void write_value(const LayerWeights& layer, long token, long head, const float* value) const {
-    long slot = s.slots[token], lane = slot % BLOCK, dim = d.head_dim;
+    long slot = layout.slots[token], lane = slot % BLOCK, dim = d.head_dim;
     element* v = block_of(layer.values, slot) + head * BLOCK * dim + lane / T::PAIR * dim * T::PAIR + lane % T::PAIR;
     element rounded[MAX_HEAD_DIM];
     for (long i = 0; i < dim; i += LANES) T::keep(rounded + i, load<floats>(value + i));
@@ -285,7 +321,7 @@ template <class T> struct Runner {
       }
       const float* norm = h < num_heads ? layer.query_norm : layer.key_norm;
       if (norm) normalise_head(row, norm, dim, d.epsilon);
-      rotate(row, s.positions[token]);
+      rotate(row, layout.positions[token]);
       if (h >= num_heads) write_key(layer, token, h - num_heads, row);
       else
         for (long i = 0; i < dim; i += LANES) T::put(queries + (token * num_heads + h) * dim + i, load<floats>(row + i));
@@ -369,7 +405,7 @@ template <class T> struct Runner {
   }
 
   // Queries first .. first + count of a span, for key-value heads first_head .. last_head and their groups of query heads.
-  void attend(const LayerWeights& layer, const Span& span, long first_head, long last_head, long first, long count,
+  void attend(const LayerWeights& layer, const Layout::Queries& span, long first_head, long last_head, long first, long count,
               const operand* queries, operand* out, Scratch& w, [[maybe_unused]] MatrixUnit& unit) const {
     long dim = d.head_dim, group = d.num_heads / d.num_kv_heads, rows = count * group;
     long start = span.num_tokens - span.num_queries + first, end = start + count;
@@ -378,13 +414,13 @@ template <class T> struct Runner {
     const element* blocks[2 * CHUNK / BLOCK + AHEAD];
     auto put_blocks = [&](const void* of, long kv_head, long chunk, long count, const element** into) {
       for (long b = 0; b < count; b++)
-        into[b] = (const element*)of + ((long)span.blocks[chunk / BLOCK + b] * d.num_kv_heads + kv_head) * BLOCK * dim;
+        into[b] = (const element*)of + ((long)layout.blocks[span.first_block + chunk / BLOCK + b] * d.num_kv_heads + kv_head) * BLOCK * dim;
     };
     for (long kv_head = first_head; kv_head < last_head; kv_head++) {
       for (long q = 0; q < count; q++)
         for (long g = 0; g < group; g++) {
           long r = q * group + g;
-          memcpy(w.query + r * dim, queries + ((span.query_start + first + q) * d.num_heads + kv_head * group + g) * dim,
+          memcpy(w.query + r * dim, queries + ((span.first_row + first + q) * d.num_heads + kv_head * group + g) * dim,
                  dim * sizeof(operand));
           w.highest[r] = -__builtin_inff();
           w.totals[r] = floats{};
@@ -418,7 +454,7 @@ template <class T> struct Runner {
         for (long g = 0; g < group; g++) {
           long r = q * group + g;
           floats factor = splat(1.0f / sum(w.totals[r]));
-          operand* o = out + ((span.query_start + first + q) * d.num_heads + kv_head * group + g) * dim;
+          operand* o = out + ((span.first_row + first + q) * d.num_heads + kv_head * group + g) * dim;
           for (long i = 0; i < dim; i += LANES) T::put(o + i, load<floats>(w.acc + r * dim + i) * factor);
         }
     }
@@ -486,14 +522,14 @@ template <class T> struct Runner {
   }
 
   void run(Workspace& memory, bool counting) {
-    long n = s.num_tokens, hidden = d.hidden, dim = d.head_dim;
+    long n = (long)layout.positions.size(), num_logit_rows = (long)layout.logit_rows.size(), hidden = d.hidden, dim = d.head_dim;
     long query_size = d.num_heads * dim, key_size = d.num_kv_heads * dim, fused = query_size + 2 * key_size;
     float* x = memory.take<float>(n * hidden);
     operand* normed = memory.take<operand>(n * hidden);
     operand* queries = memory.take<operand>(n * query_size);
     operand* attended = memory.take<operand>(n * query_size);
     operand* activated = memory.take<operand>(n * d.intermediate);
-    operand* last = memory.take<operand>(s.num_logit_rows * hidden);
+    operand* last = memory.take<operand>(num_logit_rows * hidden);
     Scratch* scratch = memory.take<Scratch>(pool.size());
     // Of a head's panels none is in another task.
     long panels_of_heads = dim / std::gcd(dim, (long)PANEL);
@@ -512,8 +548,8 @@ template <class T> struct Runner {
     // The last queries of a span have the most keys, so they go first.
     long group = d.num_heads / d.num_kv_heads, queries_per_task = QUERY_ROWS / group;
     std::vector<std::pair<long, long>> tiles;
-    for (long i = 0; i < s.num_spans; i++)
-      for (long q = 0; q < s.spans[i].num_queries; q += queries_per_task) tiles.emplace_back(i, q);
+    for (size_t i = 0; i < layout.spans.size(); i++)
+      for (long q = 0; q < layout.spans[i].num_queries; q += queries_per_task) tiles.emplace_back(i, q);
     long num_tiles = (long)tiles.size();
     // All heads of a tile are one task where there are tiles enough: what a task reads is fetched ahead within it.
     long heads_per_task = num_tiles >= 4L * pool.size() ? d.num_kv_heads : 1, head_tasks = d.num_kv_heads / heads_per_task;
@@ -542,7 +578,7 @@ template <class T> struct Runner {
               });
       pool.run(num_tiles * head_tasks, [&](long task, int thread) {
         auto [i, q] = tiles[num_tiles - 1 - task / head_tasks];
-        const Span& span = s.spans[i];
+        const Layout::Queries& span = layout.spans[i];
         long count = span.num_queries - q < queries_per_task ? span.num_queries - q : queries_per_task;
         long head = task % head_tasks * heads_per_task;
         MatrixUnit unit;
@@ -564,9 +600,9 @@ template <class T> struct Runner {
       });
       product(activated, d.intermediate, layer.down, hidden, n, add);
     }
-    for (long r = 0; r < s.num_logit_rows; r++)
-      normalise(x + (long)s.logit_rows[r] * hidden, d.final_norm, hidden, d.epsilon, last + r * hidden);
-    product(last, hidden, d.output, d.vocab, s.num_logit_rows, [&](long row, long panel, floats left, floats right) {
+    for (long r = 0; r < num_logit_rows; r++)
+      normalise(x + layout.logit_rows[r] * hidden, d.final_norm, hidden, d.epsilon, last + r * hidden);
+    product(last, hidden, d.output, d.vocab, num_logit_rows, [&](long row, long panel, floats left, floats right) {
       float* out = s.logits + row * d.vocab;
       long c = panel * PANEL, count = d.vocab - c;
       if (count >= PANEL) { store(out + c, left); store(out + c + LANES, right); }
@@ -581,7 +617,8 @@ template <class T> struct Runner {
 };
 
 template <class T> void forward(Context& context, const Decoder& decoder, const Step& step) {
-  Runner<T> runner{decoder, step, context.pool, {}};
+  Layout layout(decoder, step);
+  Runner<T> runner{decoder, step, layout, context.pool, {}};
   Workspace sizes(nullptr);
   runner.run(sizes, true);
   Workspace memory(context.reserve(sizes.used + ALIGNMENT));

@@ -93,9 +93,7 @@ class NativeDecoder:
         head_dim: int = parts.layers[0].self_attn.head_dim
         head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
         self.vocab_size: int = head.weight.shape[0]
-        self.num_embeddings: int = parts.embed_tokens.weight.shape[0]
-        self.max_positions = max_positions
-        self.num_slots = num_blocks * BLOCK
+        num_embeddings: int = parts.embed_tokens.weight.shape[0]
         tied = head.weight.data_ptr() == parts.embed_tokens.weight.data_ptr()
         finest: Quantization = "none" if quantize == "none" else "int8"
         layers = (LayerWeights * len(parts.layers))()
@@ -103,7 +101,7 @@ class NativeDecoder:
             sum(self._packed_bytes(weights, quantize) for layer in parts.layers for weights in _matrices(layer))
             + sum(self._packed_bytes([part.weight], finest) for part in [parts.embed_tokens] + [head] * (not tied))
         )
-        size = self.num_slots * config.num_key_value_heads * head_dim
+        size = num_blocks * BLOCK * config.num_key_value_heads * head_dim
         # One memory for all layers, of which a page is taken when its slots are first written, or by a `Reservation`.
         pool = torch.split(zeros(2 * size * len(layers), self._dtype), size)
         self.key_value_memory = pool
@@ -121,6 +119,9 @@ class NativeDecoder:
             head_dim=head_dim,
             vocab=self.vocab_size,
             num_layers=len(parts.layers),
+            num_embeddings=num_embeddings,
+            num_positions=max_positions,
+            num_blocks=num_blocks,
             epsilon=config.rms_norm_eps,
             scale=parts.layers[0].self_attn.scaling,
             layers=layers,
@@ -132,10 +133,9 @@ class NativeDecoder:
         )
 
     def forward(self, step: Step) -> None:
-        """Compute a step. Releases the interpreter's lock; one step runs at a time. Raises MemoryError.
+        """Compute a step. Releases the interpreter's lock; one step runs at a time.
 
-        What it names is not checked: token ids are below `num_embeddings`, positions below `max_positions`, slots below
-        `num_slots`.
+        Raises MemoryError, and IndexError where a token id, a position or a block is none of this model's.
         """
         decoder, arguments = ctypes.byref(self._decoder), ctypes.byref(step)
         check_outcome(

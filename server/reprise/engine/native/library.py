@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 _NO_MEMORY = 1
+_OUT_OF_RANGE = 3
 _AVX2 = frozenset({"avx2", "fma"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"}
 VARIANTS = {"amx": _AVX512 | {"amx_tile", "amx_bf16"}, "avx512bf16": _AVX512, "avx2": _AVX2}
@@ -60,6 +61,9 @@ class Decoder(Structure):
         ("head_dim", c_int64),
         ("vocab", c_int64),
         ("num_layers", c_int64),
+        ("num_embeddings", c_int64),
+        ("num_positions", c_int64),
+        ("num_blocks", c_int64),
         ("epsilon", c_float),
         ("scale", c_float),
         ("layers", POINTER(LayerWeights)),
@@ -75,14 +79,11 @@ class Step(Structure):
     """`Step` of decoder.cpp."""
 
     _fields_ = (
-        ("num_tokens", c_int64),
         ("num_spans", c_int64),
-        ("num_logit_rows", c_int64),
-        ("token_ids", c_void_p),
-        ("positions", c_void_p),
-        ("slots", c_void_p),
+        ("block_size", c_int64),
         ("spans", c_void_p),
-        ("logit_rows", c_void_p),
+        ("token_ids", c_void_p),
+        ("block_ids", c_void_p),
         ("logits", c_void_p),
     )
 
@@ -146,10 +147,8 @@ def load_variant(variant: str) -> ctypes.CDLL | None:
         *(c_void_p, c_void_p, c_int64, c_int64, c_void_p),
         *(c_int64, c_int64, c_int64, c_void_p, c_int64, c_int),
     ]
-    library.reprise_highest.restype = None
-    library.reprise_highest.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p]
-    library.reprise_draw.restype = c_int
-    library.reprise_draw.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p]
+    library.reprise_choose.restype = c_int
+    library.reprise_choose.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p]
     library.reprise_keep_top_p.restype = c_int
     library.reprise_keep_top_p.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p]
     library.reprise_forward.restype = c_int
@@ -181,8 +180,10 @@ class NativeContext:
 
 
 def check_outcome(code: int) -> None:
-    """Of a call. Raises MemoryError, or RuntimeError for whatever else went wrong."""
+    """Of a call. Raises MemoryError, IndexError, or RuntimeError for whatever else went wrong."""
     if code == _NO_MEMORY:
         raise MemoryError("the native decoder is short of memory")
+    if code == _OUT_OF_RANGE:
+        raise IndexError("a step has a token beyond the model's embeddings, or a position or block that there is not")
     if code:
         raise RuntimeError("the native decoder failed")

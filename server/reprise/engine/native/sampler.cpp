@@ -68,52 +68,93 @@ inline double uniform(uint64_t key, long token) {
 }
 
 struct Best {
-  double score;
-  long token;
+  double score = -__builtin_inf();
+  long token = 0;
 };
 
-void draw(Context& context, const float* scores, long num_rows, long size, const uint64_t* keys, int32_t* token_ids) {
+// Of the scores x[count] of the tokens from `first` on the Gumbel maximum; total[count]: memory to work in.
+Best draw(const float* x, long first, long count, uint64_t key, double* total) {
+  doubles peak = splat(-__builtin_inf());
+  uint64_t starts[8];
+  for (int lane = 0; lane < 8; lane++) starts[lane] = key + (uint64_t)(first + lane + 1) * GOLDEN;
+  hashes words = load<hashes>(starts);
+  long i = 0;
+  for (; i + 8 <= count; i += 8, words = words + 8 * GOLDEN) {
+    doubles u = (numbers_as<doubles>(bits_as<longs>(mixed(words) >> 11)) + 0.5) * 0x1p-53;
+    doubles noise = -logarithm(-logarithm(u));
+    doubles value = Widened<doubles>::from(x + i) + noise;
+    store(total + i, value);
+    peak = maximum(value, peak);
+  }
+  double peaks[8], most = -__builtin_inf();
+  store(peaks, peak);
+  for (int lane = 0; lane < 8; lane++) most = peaks[lane] > most ? peaks[lane] : most;
+  for (; i < count; i++) {
+    total[i] = x[i] - log(-log(uniform(key, first + i)));
+    most = total[i] > most ? total[i] : most;
+  }
+  Best best{-__builtin_inf(), first};
+  for (i = 0; i < count && most > -__builtin_inf(); i++)
+    if (total[i] >= most - MARGIN) {
+      double exact = x[i] - log(-log(uniform(key, first + i)));
+      if (exact > best.score) best = {exact, first + i};
+    }
+  return best;
+}
+
+// The first of the highest of x[size]; whether some are NaN.
+Best highest(const float* x, long size, bool& has_nan) {
+  floats peak = splat(-__builtin_inff());
+  ints nan{};
+  long i = 0;
+  for (; i + LANES <= size; i += LANES) {
+    floats v = load<floats>(x + i);
+    nan = nan | (v != v);
+    peak = maximum(v, peak);
+  }
+  float most = maximum(peak);
+  has_nan = any(nan);
+  for (; i < size; i++) {
+    has_nan |= x[i] != x[i];
+    most = x[i] > most ? x[i] : most;
+  }
+  long at = 0;
+  while (at + LANES <= size && !any(load<floats>(x + at) == splat(most))) at += LANES;
+  while (at < size - 1 && x[at] != most) at++;
+  return {most, at};
+}
+
+void choose(Context& context, const float* scores, long num_rows, long size, const uint64_t* keys, const uint8_t* draws, int64_t* choices) {
+  struct Found {
+    Best most_likely, drawn;
+    bool has_nan;
+  };
   long num_segments = divide_up(size, SEGMENT);
-  std::vector<Best> found(num_rows * num_segments);
-  std::vector<double> totals((size_t)context.pool.size() * (SEGMENT + 8));
+  bool any_drawn = false;
+  for (long row = 0; row < num_rows; row++) any_drawn |= draws[row];
+  std::vector<Found> found(num_rows * num_segments);
+  std::vector<double> totals(any_drawn ? (size_t)context.pool.size() * (SEGMENT + 8) : 0);
   context.pool.run(num_rows * num_segments, [&](long task, int thread) {
     long row = task / num_segments, first = task % num_segments * SEGMENT;
     long count = size - first < SEGMENT ? size - first : SEGMENT;
     const float* x = scores + row * size + first;
-    double* total = totals.data() + (size_t)thread * (SEGMENT + 8);
-    uint64_t key = keys[row];
-    doubles peak = splat(-__builtin_inf());
-    uint64_t starts[8];
-    for (int lane = 0; lane < 8; lane++) starts[lane] = key + (uint64_t)(first + lane + 1) * GOLDEN;
-    hashes words = load<hashes>(starts);
-    long i = 0;
-    for (; i + 8 <= count; i += 8, words = words + 8 * GOLDEN) {
-      doubles u = (numbers_as<doubles>(bits_as<longs>(mixed(words) >> 11)) + 0.5) * 0x1p-53;
-      doubles noise = -logarithm(-logarithm(u));
-      doubles value = Widened<doubles>::from(x + i) + noise;
-      store(total + i, value);
-      peak = maximum(value, peak);
-    }
-    double peaks[8], most = -__builtin_inf();
-    store(peaks, peak);
-    for (int lane = 0; lane < 8; lane++) most = peaks[lane] > most ? peaks[lane] : most;
-    for (; i < count; i++) {
-      total[i] = x[i] - log(-log(uniform(key, first + i)));
-      most = total[i] > most ? total[i] : most;
-    }
-    Best best{-__builtin_inf(), first};
-    for (i = 0; i < count && most > -__builtin_inf(); i++)
-      if (total[i] >= most - MARGIN) {
-        double exact = x[i] - log(-log(uniform(key, first + i)));
-        if (exact > best.score) best = {exact, first + i};
-      }
-    found[task] = best;
+    Found& of = found[task];
+    of.most_likely = highest(x, count, of.has_nan);
+    of.most_likely.token += first;
+    if (draws[row]) of.drawn = draw(x, first, count, keys[row], totals.data() + (size_t)thread * (SEGMENT + 8));
   });
   for (long row = 0; row < num_rows; row++) {
-    Best best = found[row * num_segments];
-    for (long s = 1; s < num_segments; s++)
-      if (found[row * num_segments + s].score > best.score) best = found[row * num_segments + s];
-    token_ids[row] = (int32_t)best.token;
+    Found best = found[row * num_segments];
+    for (long s = 1; s < num_segments; s++) {
+      const Found& of = found[row * num_segments + s];
+      best.has_nan |= of.has_nan;
+      if (of.most_likely.score > best.most_likely.score) best.most_likely = of.most_likely;
+      if (of.drawn.score > best.drawn.score) best.drawn = of.drawn;
+    }
+    bool infinite = isinf(best.most_likely.score);
+    choices[row] = draws[row] ? best.drawn.token : best.most_likely.token;
+    choices[num_rows + row] = best.has_nan;
+    choices[2 * num_rows + row] = !infinite ? 0 : best.most_likely.score > 0 ? 1 : -1;
   }
 }
 
@@ -200,38 +241,12 @@ void keep_top_p(const float* x, long size, float p, float* kept, Sorting& work) 
 
 extern "C" {
 
-// For each row of scores [num_rows][size]: the first of its highest, and bit 0 of `flags` where some are NaN.
-void reprise_highest(Context* context, const float* scores, int64_t num_rows, int64_t size, int32_t* token_ids, float* highest,
-                     uint8_t* flags) {
-  context->pool.run(num_rows, [&](long row, int) {
-    const float* x = scores + row * size;
-    floats peak = splat(-__builtin_inff());
-    ints nan{};
-    long i = 0;
-    for (; i + LANES <= size; i += LANES) {
-      floats v = load<floats>(x + i);
-      nan = nan | (v != v);
-      peak = maximum(v, peak);
-    }
-    float most = maximum(peak);
-    bool broken = any(nan);
-    for (; i < size; i++) {
-      broken |= x[i] != x[i];
-      most = x[i] > most ? x[i] : most;
-    }
-    long at = 0;
-    while (at + LANES <= size && !any(load<floats>(x + at) == splat(most))) at += LANES;
-    while (at < size - 1 && x[at] != most) at++;
-    token_ids[row] = (int32_t)at;
-    highest[row] = most;
-    flags[row] = broken;
-  });
-}
-
-// For each row of scores [num_rows][size]: the token whose score plus the noise of (keys[row], token) is highest.
-int reprise_draw(Context* context, const float* scores, int64_t num_rows, int64_t size, const uint64_t* keys,
-                 int32_t* token_ids) {
-  return guarded([&] { draw(*context, scores, num_rows, size, keys, token_ids); });
+// For each row of scores [num_rows][size] the token whose score plus the noise of (keys[row], token) is highest where
+// draws[row], else the first of the highest scores. choices[3][num_rows]: the tokens, whether some scores are NaN, and 1 or
+// -1 where the highest is plus or minus infinity.
+int reprise_choose(Context* context, const float* scores, int64_t num_rows, int64_t size, const uint64_t* keys,
+                   const uint8_t* draws, int64_t* choices) {
+  return guarded([&] { choose(*context, scores, num_rows, size, keys, draws, choices); });
 }
 
 // kept[num_rows][size]: scores with minus infinity for what p[row] leaves out.
