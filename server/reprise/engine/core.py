@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import traceback
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -192,34 +193,18 @@ class EngineCore:
 
     def _run(self, batch: Batch) -> Drawn:
         """Forward, prompt scores and draws. Changes no sequence but for its prompt's log-probabilities."""
-        logits = self._runner.run(batch)
-        sequences: list[Sequence] = []
-        sampled_rows: list[int] = []
-        ahead: list[int] = []
-        broken: set[int] = set()
-        offset = 0
-        for scheduled in batch:
-            sequence = scheduled.sequence
-            first, offset = offset, offset + scheduled.num_logit_rows
-            if sequence.scores_prompt:
-                rows = logits[first:offset]
-                _score_prompt(scheduled, rows)
-                if no_numbers(rows.float()):
-                    broken.add(sequence.sequence_id)
-            if sequence.sampling.max_tokens > 0 and scheduled.completes_pass:
-                count = 1 + len(scheduled.draft_token_ids)
-                sequences += [sequence] * count
-                sampled_rows += range(offset - count, offset)
-                ahead += range(count)
+        sampled = _sampled_rows(batch)
         drawn: Drawn = {s.sequence.sequence_id: [] for s in batch}
-        if sequences:
+        logits = self._runner.run(batch)
+        broken = _score_prompts(batch, logits)
+        if sampled.rows:
             # Mostly all of them, of which no copy is needed.
-            everything = len(sampled_rows) == logits.shape[0]
-            chosen = logits if everything else logits[to_device(sampled_rows, logits.device)]
+            everything = len(sampled.rows) == logits.shape[0]
+            chosen = logits if everything else logits[to_device(sampled.rows, logits.device)]
             when_drawn = partial(self._anticipate, batch) if self._anticipate else None
-            choices = self._sampler.sample(sequences, chosen, ahead, when_drawn)
-            for sequence, sampled in zip(sequences, choices, strict=True):
-                drawn[sequence.sequence_id].append(sampled)
+            choices = self._sampler.sample(sampled.sequences, chosen, sampled.ahead, when_drawn)
+            for sequence, choice in zip(sampled.sequences, choices, strict=True):
+                drawn[sequence.sequence_id].append(choice)
         return drawn | {sequence_id: [Sampled(error_code="numerical_error")] for sequence_id in broken}
 
     def _append_all(self, scheduled: ScheduledSequence, rows: list[Sampled]) -> list[SequenceOutput]:
@@ -298,6 +283,46 @@ class EngineCore:
             error_code=error_code,
             error_message=ERROR_MESSAGES.get(error_code) if error_code else None,
         )
+
+
+class _SampledRows(NamedTuple):
+    """The rows of a step's logits that tokens are drawn from."""
+
+    rows: list[int]
+    sequences: list[Sequence]
+    """Whose each is."""
+    ahead: list[int]
+    """Of each, the tokens of a draft that lie between the sequence's last one and the row's."""
+
+
+def _sampled_rows(batch: Batch) -> _SampledRows:
+    found = _SampledRows([], [], [])
+    offset = 0
+    for scheduled in batch:
+        sequence = scheduled.sequence
+        offset += scheduled.num_logit_rows
+        if sequence.sampling.max_tokens > 0 and scheduled.completes_pass:
+            count = 1 + len(scheduled.draft_token_ids)
+            found.rows.extend(range(offset - count, offset))
+            found.sequences.extend([sequence] * count)
+            found.ahead.extend(range(count))
+    return found
+
+
+def _score_prompts(batch: Batch, logits: Tensor) -> set[int]:
+    """Score those prompts that are to be. The ids of sequences whose logits are no numbers there."""
+    broken: set[int] = set()
+    if not any(scheduled.sequence.scores_prompt for scheduled in batch):
+        return broken
+    offset = 0
+    for scheduled in batch:
+        first, offset = offset, offset + scheduled.num_logit_rows
+        if scheduled.sequence.scores_prompt:
+            rows = logits[first:offset]
+            _score_prompt(scheduled, rows)
+            if no_numbers(rows.float()):
+                broken.add(scheduled.sequence.sequence_id)
+    return broken
 
 
 def _score_prompt(scheduled: ScheduledSequence, rows: Tensor) -> None:
