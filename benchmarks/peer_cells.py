@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+import statistics
 import string
 import time
 from collections.abc import Sequence
@@ -98,7 +99,10 @@ async def measure(target: Target, cell: Cell, *, seconds: float) -> dict[str, An
 
 
 def summarise(cell: Cell, answers: Sequence[Answer], *, client_cpu_share: float) -> dict[str, Any]:
-    """The cell's figure, and whether every answer had the tokens that were asked for, by the server's own count."""
+    """The cell's figure, and whether every answer had the tokens that were asked for, by the server's own count.
+
+    `decode_tokens_per_second` is of one answer, from its first text to its end: the prompt is not in it.
+    """
     errors = [answer.error for answer in answers if answer.error is not None]
     good = [answer for answer in answers if answer.error is None]
     seconds = max(answer.end for answer in answers) - min(answer.start for answer in answers)
@@ -110,8 +114,11 @@ def summarise(cell: Cell, answers: Sequence[Answer], *, client_cpu_share: float)
             if count != wanted:
                 errors.append(f"{count} {what} tokens instead of {wanted}")
     num_tokens = len(good) * (cell.output_tokens if cell.counted == "output" else cell.prompt_tokens)
+    streams = [one.end - one.first for one in good if one.first is not None and one.end > one.first]
+    decode = [(cell.output_tokens - 1) / seconds_of_one for seconds_of_one in streams]
     return {
         "tokens_per_second": num_tokens / seconds if not errors else None,
+        "decode_tokens_per_second": statistics.median(decode) if decode and not errors else None,
         "num_requests": len(answers),
         "seconds": seconds,
         "client_cpu_share": client_cpu_share,

@@ -10,6 +10,8 @@ since speed does not depend on them.
   16 x (512 + 64), c=4   output tokens a second of 16 requests by 4 clients: 512 tokens that all share and that the
                          server has not seen before, 64 of their own, 16 of output
   ready, first token     seconds from the start of the process, loading included
+  of the floor           the share of what the machine allows by its rates of reading and multiplying; with one client
+                         from an answer's first token to its end
   RSS, PSS               peak resident memory of all processes, shared pages counted in each; and what they took
                          after a cell at most, shared pages counted once
 
@@ -93,11 +95,13 @@ def median_or_none(values: Sequence[float | None]) -> float | None:
     return statistics.median(known) if known and len(known) == len(values) else None
 
 
-def figures(rounds: Mapping[str, Sequence[Mapping[str, Any]]], cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
+def figures(
+    rounds: Mapping[str, Sequence[Mapping[str, Any]]], cells: Sequence[Cell], measure: str = "tokens_per_second"
+) -> dict[str, dict[str, Any]]:
     """The median of each server's rounds for each cell."""
     return {
         name: {
-            cell.name: median_or_none([one["cells"].get(cell.name, {}).get("tokens_per_second") for one in of_server])
+            cell.name: median_or_none([one["cells"].get(cell.name, {}).get(measure) for one in of_server])
             for cell in cells
         }
         for name, of_server in rounds.items()
@@ -178,6 +182,11 @@ def rows_of_shape(shape: str, result: Mapping[str, Any], cells: Sequence[Cell]) 
     return rows
 
 
+def without_prompts(measured: Figures, decode: Figures) -> dict[str, dict[str, float | None]]:
+    """The figures with the rate of one stream in place of that of one client, which reads prompts between two."""
+    return {name: {**of_server, "c1": decode[name].get("c1")} for name, of_server in measured.items()}
+
+
 def floor_shares(measured: Figures, rates: Mapping[str, float]) -> dict[str, dict[str, float]]:
     """Of each server with bfloat16 weights: its figure over what the machine allows."""
     shares = {
@@ -210,6 +219,7 @@ def run_shape(
     }
     return {
         "figures": measured,
+        "decode_figures": figures(rounds, cells, "decode_tokens_per_second"),
         "ratios": ratios(measured, cells),
         "overheads": overheads,
         "client_cpu_share": client,
@@ -291,7 +301,8 @@ def compare(options: argparse.Namespace) -> int:
         weight_bytes = (model_directory(options.peers, shape) / "model.safetensors").stat().st_size
         rates = floor_rates(floors, shape, weight_bytes)
         result = run_shape(shape, servers, cells, options)
-        result |= {"floors": rates, "floor_shares": floor_shares(result["figures"], rates)}
+        compared = without_prompts(result["figures"], result["decode_figures"])
+        result |= {"floors": rates, "floor_shares": floor_shares(compared, rates)}
         shapes[shape] = result
         if shape != options.shapes[-1]:
             print(table(rows_of_shape(shape, result, cells)), end="\n\n", flush=True)

@@ -158,10 +158,18 @@ def test_a_missing_token_takes_the_figure_away() -> None:
     good = Answer(1.0, 1.5, 3.0, 5, 2)
     assert summarise(cell, [good, Answer(2.0, 2.5, 5.0, 5, 2)], client_cpu_share=0.0)["tokens_per_second"] == 1.0
     short = summarise(cell, [good, Answer(2.0, 2.5, 5.0, 5, 1)], client_cpu_share=0.0)
-    assert short["tokens_per_second"] is None
+    assert short["tokens_per_second"] is short["decode_tokens_per_second"] is None
     assert short["error"] == "1 output tokens instead of 2"
     unlike = summarise(cell, [Answer(1.0, 1.5, 3.0, 6, 2)], client_cpu_share=0.0)
     assert unlike["error"] == "6 prompt tokens instead of 5"
+
+
+def test_the_rate_of_a_stream_begins_with_its_first_token() -> None:
+    answers = [Answer(0.0, 2.0, 4.0, 5, 9), Answer(4.0, 6.0, 7.0, 5, 9), Answer(7.0, 7.5, 8.5, 5, 9)]
+    measured = summarise(Cell("x", "x", 1, 5, 9), answers, client_cpu_share=0.0)
+    assert measured["decode_tokens_per_second"] == 8.0
+    single = summarise(Cell("x", "x", 1, 5, 1), [Answer(0.0, 1.0, 1.0, 5, 1)], client_cpu_share=0.0)
+    assert single["decode_tokens_per_second"] is None
 
 
 @pytest.mark.parametrize("vocab_size", [512, 49_152])

@@ -20,7 +20,14 @@ TWO_CELLS = [CELLS["c1"], CELLS["prefill"]]
 
 def one_round(c1: float | None, prefill: float | None, **others: Any) -> dict[str, Any]:
     cells = {"c1": c1, "prefill": prefill}
-    measures = {name: {"tokens_per_second": figure, "client_cpu_share": 0.01} for name, figure in cells.items()}
+    measures = {
+        name: {
+            "tokens_per_second": figure,
+            "decode_tokens_per_second": figure and 2 * figure,
+            "client_cpu_share": 0.01,
+        }
+        for name, figure in cells.items()
+    }
     return {"cells": measures, **others}
 
 
@@ -65,6 +72,12 @@ def test_floors_follow_the_weights_and_the_layers() -> None:
     assert rates["prefill"] == pytest.approx(2e11 / (2 * 106_168_320))
     shares = peers.floor_shares({"reprise": {"c1": 30.0}, "vllm": {}, "llama.cpp-q8_0": {"c1": 50.0}}, rates)
     assert shares == {"reprise": {"c1": 0.75}}
+
+
+def test_the_share_of_the_floor_leaves_prompts_out() -> None:
+    measured: dict[str, dict[str, float | None]] = {"reprise": {"c1": 20.0, "prefill": 9.0}, "vllm": {"c1": None}}
+    decode = peers.figures({"reprise": [one_round(20.0, 9.0)], "vllm": []}, TWO_CELLS, "decode_tokens_per_second")
+    assert peers.without_prompts(measured, decode) == {"reprise": {"c1": 40.0, "prefill": 9.0}, "vllm": {"c1": None}}
 
 
 def options(tmp_path: Path, *arguments: str) -> Any:
