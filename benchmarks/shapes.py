@@ -72,6 +72,18 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 8192,
         "rope_theta": 100_000.0,
     },
+    # The shape of HuggingFaceTB/SmolLM2-1.7B.
+    "smollm2-1.7b": {
+        "model_type": "llama",
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 49_152,
+        "max_position_embeddings": 8192,
+        "rope_theta": 130_000.0,
+    },
     # The shape of Qwen/Qwen3-0.6B.
     "qwen3-0.6b": {
         "model_type": "qwen3",
@@ -188,6 +200,37 @@ def write_model(directory: Path, shape: str, *, dtype: str = "bfloat16", seed: i
     model.to(getattr(torch, dtype))
     model.save_pretrained(directory)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def write_pair(
+    directory: Path,
+    draft_directory: Path,
+    shape: str,
+    *,
+    later: float,
+    num_draft_layers: int = 1,
+    dtype: str = "bfloat16",
+) -> None:
+    """Write a model, and a draft model that is its first layers, with the embeddings and the head of both.
+
+    later: what the outputs of all further layers are multiplied by: the smaller, the more often both say the same.
+    """
+    import torch
+
+    for path in (directory, draft_directory):
+        path.mkdir(parents=True, exist_ok=True)
+        write_tokenizer(path, SHAPES[shape]["vocab_size"])
+    torch.manual_seed(0)
+    model: Any = empty_model(shape)
+    with torch.no_grad():
+        for layer in model.model.layers[num_draft_layers:]:
+            layer.self_attn.o_proj.weight *= later
+            layer.mlp.down_proj.weight *= later
+    model.to(getattr(torch, dtype))
+    model.save_pretrained(directory)
+    model.model.layers = model.model.layers[:num_draft_layers]
+    model.config.num_hidden_layers = num_draft_layers
+    model.save_pretrained(draft_directory)
 
 
 def main() -> None:

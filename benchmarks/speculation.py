@@ -48,9 +48,11 @@ class Way:
         self._core: EngineCore = build_core(load(config, lambda _stage, _share: None), None)
         self._next_id = 1
 
-    def answer(self, prompt: list[int], new_tokens: int, prediction: list[int]) -> tuple[list[int], float]:
+    def answer(
+        self, prompt: list[int], new_tokens: int, prediction: list[int], temperature: float = 0.0
+    ) -> tuple[list[int], float]:
         """Token ids, and the seconds that they took."""
-        sampling = SamplingParams(seed=0, temperature=0.0, max_tokens=new_tokens)
+        sampling = SamplingParams(seed=0, temperature=temperature, max_tokens=new_tokens)
         self._core.add(Add(self._next_id, 0, prompt, sampling, prediction_token_ids=prediction))
         self._next_id += 1
         token_ids: list[int] = []

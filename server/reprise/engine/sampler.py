@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +13,9 @@ from reprise.engine import logits as processors
 from reprise.engine.bad_words import BadWordAutomaton, TokenTable
 from reprise.engine.device import Fetch, to_device
 from reprise.engine.noise import draw_key
-from reprise.engine.selection import Selection, TorchSelection
+from reprise.engine.selection import Selection, TorchSelection, is_warped
 from reprise.engine.sequence import Sequence
-from reprise.types import SamplingParams, TokenLogprobs
+from reprise.types import TokenLogprobs
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy: dividing by them leaves float32's range."""
@@ -128,7 +127,10 @@ class Sampler:
         raw = _as_float32(logits)
         scores = self.processed(sequences, raw)
         choices = self._selection.choose(scores, _keys(sequences, ahead))
-        of_model = choices if scores is raw else self._selection.choose(raw, [None] * len(sequences))
+        of_model = choices
+        if any(sequence.is_constrained for sequence in sequences):
+            # What is forbidden may be all that is a number, or is none.
+            of_model = self._selection.choose(raw, [None] * len(sequences))
         counts = [sequence.sampling.num_logprobs for sequence in sequences]
         logprobs = None if counts.count(None) == len(counts) else RowLogprobs(raw, choices.token_ids, counts)
         if when_drawn is not None:
@@ -156,31 +158,18 @@ class Sampler:
 
         `raw` itself where no sequence asks for anything.
         """
-        if any(
-            s.is_constrained or (s.sampling.temperature >= GREEDY_BELOW and _is_warped(s.sampling)) for s in sequences
-        ):
-            return self._processed(sequences, raw)
-        return raw
-
-    @torch.inference_mode()
-    def _processed(self, sequences: list[Sequence], raw: Tensor) -> Tensor:
-        scores = self._constrained(sequences, raw)
-        parameters = [sequence.sampling for sequence in sequences]
-        for value, is_on, process in _WARPERS:
-            rows = [row for row, p in enumerate(parameters) if p.temperature >= GREEDY_BELOW and is_on(p)]
-            if rows:
-                index = to_device(rows, raw.device)
-                processed = process(self._selection, scores[index], [value(parameters[row]) for row in rows])
-                scores = scores.index_copy(0, index, processed)
+        scores = self._constrained(sequences, raw) if any(s.is_constrained for s in sequences) else raw
+        warping = [s.sampling if s.sampling.temperature >= GREEDY_BELOW else None for s in sequences]
+        if any(p is not None and is_warped(p) for p in warping):
+            return self._selection.warp(scores, warping)
         return scores
 
+    @torch.inference_mode()
     def _constrained(self, sequences: list[Sequence], raw: Tensor) -> Tensor:
         held: dict[int, _Constraints] = {}
         for row, sequence in enumerate(sequences):
             if sequence.is_constrained:
                 held[row] = self._catch_up(sequence, raw)
-        if not held:
-            return raw
         scores = raw.clone()
         for row, constraints in held.items():
             sampling = sequences[row].sampling
@@ -216,31 +205,6 @@ def _keys(sequences: list[Sequence], ahead: list[int] | None) -> list[int | None
         else None
         for s, between in zip(sequences, ahead or [0] * len(sequences), strict=True)
     ]
-
-
-_Process = Callable[[Selection, Tensor, list[Any]], Tensor]
-
-
-def _top_k(_: Selection, scores: Tensor, k: list[int]) -> Tensor:
-    return processors.top_k(scores, to_device(k, scores.device), max(k))
-
-
-def _with_values(process: Callable[[Tensor, Tensor], Tensor]) -> _Process:
-    return lambda _, scores, values: process(scores, to_device(values, scores.device))
-
-
-_Warper = tuple[Callable[[SamplingParams], Any], Callable[[SamplingParams], bool], _Process]
-_WARPERS: tuple[_Warper, ...] = (
-    (lambda p: p.temperature, lambda p: p.temperature != 1.0, _with_values(processors.temperature)),
-    (lambda p: p.top_k, lambda p: p.top_k > 0, _top_k),
-    (lambda p: p.top_p, lambda p: p.top_p < 1.0, lambda selection, scores, p: selection.top_p(scores, p)),
-    (lambda p: p.min_p, lambda p: p.min_p > 0.0, _with_values(processors.min_p)),
-    (lambda p: p.typical_p, lambda p: p.typical_p < 1.0, _with_values(processors.typical_p)),
-)
-
-
-def _is_warped(sampling: SamplingParams) -> bool:
-    return any(is_on(sampling) for _, is_on, _ in _WARPERS)
 
 
 def _as_float32(logits: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from reprise.engine import logits
 from reprise.engine.device import Fetch, to_device
 from reprise.engine.noise import gumbel
+from reprise.types import SamplingParams
 
 
 class Choice(NamedTuple):
@@ -44,8 +45,52 @@ class Selection(Protocol):
         the highest scores.
         """
 
-    def top_p(self, scores: Tensor, p: list[float]) -> Tensor:
-        """As `logits.top_p`, but for rounding where the probability that is left out is summed up."""
+    def warp(self, scores: Tensor, parameters: Sequence[SamplingParams | None]) -> Tensor:
+        """What temperature, top_k, top_p, min_p and typical_p make of the scores, valid until the next call.
+
+        parameters: one a row; None leaves it as it is. So stay rows that hold NaN or plus infinity, or nothing but
+        minus infinity.
+        """
+
+
+_Warper = tuple[
+    Callable[[SamplingParams], Any], Callable[[SamplingParams], bool], Callable[[Tensor, Tensor, list[Any]], Tensor]
+]
+"""A parameter, whether it is on, and what it makes of scores: by its values on the device, and on the host."""
+_TYPICAL_P: _Warper = (lambda p: p.typical_p, lambda p: p.typical_p < 1.0, lambda s, v, _: logits.typical_p(s, v))
+_WARPERS: tuple[_Warper, ...] = (
+    (lambda p: p.temperature, lambda p: p.temperature != 1.0, lambda s, v, _: logits.temperature(s, v)),
+    (lambda p: p.top_k, lambda p: p.top_k > 0, lambda s, v, values: logits.top_k(s, v, max(values))),
+    (lambda p: p.top_p, lambda p: p.top_p < 1.0, lambda s, v, _: logits.top_p(s, v)),
+    (lambda p: p.min_p, lambda p: p.min_p > 0.0, lambda s, v, _: logits.min_p(s, v)),
+    _TYPICAL_P,
+)
+
+
+def is_warped(sampling: SamplingParams) -> bool:
+    """Whether `Selection.warp` makes other scores of them at all."""
+    return any(is_on(sampling) for _, is_on, _ in _WARPERS)
+
+
+@torch.inference_mode()
+def _warped(scores: Tensor, parameters: Sequence[SamplingParams | None], warpers: Iterable[_Warper]) -> Tensor:
+    warped = scores
+    for value, is_on, process in warpers:
+        chosen = [(row, value(p)) for row, p in enumerate(parameters) if p is not None and is_on(p)]
+        if chosen:
+            values = [number for _, number in chosen]
+            index = to_device([row for row, _ in chosen], scores.device)
+            processed = process(warped[index], to_device(values, scores.device), values)
+            warped = warped.index_copy(0, index, processed)
+    if warped is scores:
+        return scores
+    are_numbers = torch.isfinite(scores.amax(dim=-1, keepdim=True)) & torch.isfinite(warped.amax(dim=-1, keepdim=True))
+    return torch.where(are_numbers, warped, scores)
+
+
+def typical_p(scores: Tensor, parameters: Sequence[SamplingParams | None]) -> Tensor:
+    """The last of what `Selection.warp` does alone."""
+    return _warped(scores, parameters, [_TYPICAL_P])
 
 
 class _FetchedChoices:
@@ -73,5 +118,5 @@ class TorchSelection:
         infinite = torch.isposinf(highest).long() - torch.isneginf(highest).long()
         return _FetchedChoices(token_ids, torch.isnan(scores).any(dim=-1).long(), infinite)
 
-    def top_p(self, scores: Tensor, p: list[float]) -> Tensor:
-        return logits.top_p(scores, to_device(p, scores.device))
+    def warp(self, scores: Tensor, parameters: Sequence[SamplingParams | None]) -> Tensor:
+        return _warped(scores, parameters, _WARPERS)

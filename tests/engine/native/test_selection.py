@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from reprise.engine.native.library import NativeContext, built_variants
 from reprise.engine.native.selection import NativeSelection
 from reprise.engine.noise import draw_key
-from reprise.engine.selection import TorchSelection
+from reprise.engine.selection import Selection, TorchSelection
+from reprise.types import SamplingParams
 
 SIZES = [1, 5, 16, 199, 16384, 16385, 40007]
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("variant", built_variants())
 @pytest.mark.parametrize("size", SIZES)
-def test_the_same_draws(size: int, threads: int) -> None:
+def test_the_same_draws(size: int, variant: str) -> None:
     generator = torch.Generator().manual_seed(size)
     scores = torch.randn(7, size, generator=generator) * torch.tensor([[0.0], [0.1], [1], [2], [5], [20], [100]])
     scores[:, size // 3] = float("-inf") if size > 5 else 0.0
-    native = NativeSelection(NativeContext(threads))
+    native = NativeSelection(NativeContext(2, variant))
     for position in range(20 if size < 1000 else 4):
         keys = [None if row == position % 9 else draw_key(-3, row, position) for row in range(7)]
         assert native.choose(scores, keys).rows() == TorchSelection().choose(scores, keys).rows()
@@ -53,6 +56,14 @@ def test_rows_that_are_not_contiguous() -> None:
 REMOVED = float("-inf")
 
 
+def parameters(**values: Any) -> SamplingParams:
+    return SamplingParams(seed=0, max_tokens=1, **values)
+
+
+def only_top_p(selection: Selection, scores: torch.Tensor, shares: list[float]) -> torch.Tensor:
+    return selection.warp(scores, [parameters(top_p=p) for p in shares]).clone()
+
+
 def kept_by_definition(scores: torch.Tensor, p: float) -> torch.Tensor:
     """In float64, token by token."""
     probabilities = scores.double().softmax(-1)
@@ -75,7 +86,7 @@ def test_top_p_keeps_what_the_definition_says(size: int, variant: str) -> None:
     scores = (torch.randn(6, size, generator=generator) * spread).repeat(4, 1)
     scores[6:12, : size // 2] = REMOVED
     shares = [0.1, 0.5, 0.9, 0.95, 0.999, 0.3] * 2 + [1e-6] * 6 + [1 - 1e-6] * 6
-    kept = NativeSelection(NativeContext(2, variant)).top_p(scores, shares)
+    kept = only_top_p(NativeSelection(NativeContext(2, variant)), scores, shares)
     for row, p in enumerate(shares):
         different = (kept[row] != kept_by_definition(scores[row], p)).nonzero().flatten()
         # 1 - p is rounded to float32 and so are weights: at the border the last token may fall to either side.
@@ -89,29 +100,83 @@ def test_top_p_keeps_what_the_definition_says(size: int, variant: str) -> None:
 def test_of_equal_scores_top_p_removes_the_first() -> None:
     selection = NativeSelection(NativeContext(1))
     scores = torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 2.0, 2.0, 1.0], [5.0, 5.0, 5.0, 5.0]])
-    kept = selection.top_p(scores, [0.5, 0.0, 0.0])
+    kept = only_top_p(selection, scores, [0.5, 0.0, 0.0])
     assert kept.tolist() == [
         [REMOVED, REMOVED, 1.0, 1.0],
         [REMOVED, REMOVED, 2.0, REMOVED],
         [REMOVED, REMOVED, REMOVED, 5.0],
     ]
-    assert kept.tolist() == TorchSelection().top_p(scores, [0.5, 0.0, 0.0]).tolist()
+    assert kept.tolist() == only_top_p(TorchSelection(), scores, [0.5, 0.0, 0.0]).tolist()
 
 
 @pytest.mark.parametrize("odd", [float("nan"), float("inf")])
-def test_top_p_leaves_rows_without_a_sum_as_they_are(odd: float) -> None:
+@pytest.mark.parametrize("selection", [NativeSelection(NativeContext(1)), TorchSelection()], ids=["native", "torch"])
+def test_rows_without_a_sum_stay_as_they_are(odd: float, selection: Selection) -> None:
     scores = torch.zeros(3, 40)
     scores[0, 3] = odd
     scores[1] = REMOVED
-    kept = NativeSelection(NativeContext(1)).top_p(scores, [0.5, 0.5, 0.5])
-    assert torch.equal(kept[:2].nan_to_num(7.0), scores[:2].nan_to_num(7.0))
-    assert (kept[2] == REMOVED).sum() == 20
+    for changes in ({"top_p": 0.5}, {"temperature": 0.7}, {"top_k": 20}, {"min_p": 0.3}, {"typical_p": 0.5}):
+        kept = selection.warp(scores, [parameters(**changes)] * 3)
+        assert torch.equal(kept[:2].nan_to_num(7.0), scores[:2].nan_to_num(7.0))
+    assert (selection.warp(scores, [parameters(top_p=0.5)] * 3)[2] == REMOVED).sum() == 20
 
 
-def test_top_p_of_a_row_does_not_depend_on_its_company() -> None:
+def spread_scores(size: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(size)
+    return torch.randn(5, size, generator=generator) * torch.tensor([[0.01], [1], [5], [30], [200]])
+
+
+@pytest.mark.parametrize("variant", built_variants())
+@pytest.mark.parametrize("size", SIZES)
+def test_temperature_and_top_k_are_torchs_bit_by_bit(size: int, variant: str) -> None:
+    scores = spread_scores(size)
+    scores[2] = scores[2].round()
+    native = NativeSelection(NativeContext(2, variant))
+    changed: list[dict[str, Any]] = [{"temperature": 0.7}, {"temperature": 1e-4}]
+    changed += [{"top_k": k} for k in (1, 2, 17, size - 1, size + 1) if k > 0]
+    for changes in changed:
+        rows = [parameters(**changes), None] * 2 + [parameters(**changes)]
+        assert torch.equal(native.warp(scores, rows), TorchSelection().warp(scores, rows)), changes
+
+
+@pytest.mark.parametrize("variant", built_variants())
+@pytest.mark.parametrize("size", SIZES)
+def test_min_p_keeps_what_is_likely_enough(size: int, variant: str) -> None:
+    scores = spread_scores(size)
+    native = NativeSelection(NativeContext(2, variant))
+    for ratio in (1e-9, 0.01, 0.5, 1.0):
+        kept = native.warp(scores, [parameters(min_p=ratio)] * 5)
+        share = (scores.double() - scores.double().amax(-1, keepdim=True)).exp()
+        assert torch.equal(kept[share > ratio * (1 + 1e-5)], scores[share > ratio * (1 + 1e-5)])
+        assert (kept[share < ratio * (1 - 1e-5)] == REMOVED).all()
+        assert torch.equal(kept.amax(-1), scores.amax(-1))
+
+
+@pytest.mark.parametrize("variant", built_variants())
+def test_one_after_the_other_is_all_at_once(variant: str) -> None:
+    native = NativeSelection(NativeContext(2, variant))
+    steps: list[dict[str, Any]] = [
+        {"temperature": 0.6},
+        {"top_k": 50},
+        {"top_p": 0.9},
+        {"min_p": 0.05},
+        {"typical_p": 0.8},
+    ]
+    for size in (5, 199, 5003):
+        scores = expected = spread_scores(size)
+        for step in steps:
+            expected = native.warp(expected, [parameters(**step)] * 5).clone()
+        changes = {name: value for step in steps for name, value in step.items()}
+        assert torch.equal(native.warp(scores, [parameters(**changes)] * 5), expected)
+        assert (expected == REMOVED).any()
+
+
+def test_warped_rows_do_not_depend_on_their_company() -> None:
     scores = torch.randn(9, 5003, generator=torch.Generator().manual_seed(4))
-    shares = [0.1 * row for row in range(1, 10)]
-    together = NativeSelection(NativeContext(2)).top_p(scores, shares)
+    rows = [
+        parameters(top_p=0.1 * row, temperature=0.2 * row, top_k=100 * row, min_p=0.01 * row) for row in range(1, 10)
+    ]
+    together = NativeSelection(NativeContext(2)).warp(scores, rows)
     for row in range(9):
-        alone = NativeSelection(NativeContext(1)).top_p(scores[row : row + 1], shares[row : row + 1])
+        alone = NativeSelection(NativeContext(1)).warp(scores[row : row + 1], rows[row : row + 1])
         assert torch.equal(alone[0], together[row])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import platform
-from ctypes import POINTER, Structure, c_float, c_int, c_int64, c_uint64, c_void_p
+from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -88,6 +88,12 @@ class Step(Structure):
     )
 
 
+class Warp(Structure):
+    """`Warp` of sampler.cpp."""
+
+    _fields_ = (("temperature", c_float), ("top_k", c_int32), ("top_p", c_float), ("min_p", c_float))
+
+
 def _of_first_cpu(name: str) -> str:
     """As Linux tells it; nothing on other systems."""
     try:
@@ -149,8 +155,8 @@ def load_variant(variant: str) -> ctypes.CDLL | None:
     ]
     library.reprise_choose.restype = c_int
     library.reprise_choose.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p]
-    library.reprise_keep_top_p.restype = c_int
-    library.reprise_keep_top_p.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p]
+    library.reprise_warp.restype = c_int
+    library.reprise_warp.argtypes = [c_void_p, c_void_p, c_int64, c_int64, POINTER(Warp), c_void_p]
     library.reprise_forward.restype = c_int
     library.reprise_forward.argtypes = [c_void_p, POINTER(Decoder), POINTER(Step), c_int]
     return library

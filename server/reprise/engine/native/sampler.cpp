@@ -1,5 +1,5 @@
-// Choosing tokens from scores: the most likely one, those that top_p leaves, or the Gumbel maximum under the noise of
-// noise.py.
+// Choosing tokens from scores: what temperature, top_k, top_p and min_p make of them, and of that the most likely token or
+// the Gumbel maximum under the noise of noise.py.
 
 #include <math.h>
 
@@ -8,16 +8,27 @@
 #include "context.h"
 #include "vectors.h"
 
+extern "C" {
+// What becomes of a row of scores, in this order.
+struct Warp {
+  float temperature;  // 1 for none
+  int32_t top_k;      // 0 for all
+  float top_p;        // 1 for all
+  float min_p;        // 0 for all
+};
+}
+
 namespace {
 
 constexpr long SEGMENT = 16384;      // token ids that one task looks at
+constexpr double HALF_A_STEP = 0x1p-54;  // the least that `uniform` leaves of one
 constexpr double MARGIN = 1e-7;      // far above the error of `logarithm`, so that the winner is among those recomputed
 
 typedef Vector<double, 8>::type doubles;
 typedef Vector<int64_t, 8>::type longs;
 typedef Vector<uint64_t, 8>::type hashes;
 
-using ::maximum;
+using ::any;
 using ::splat;
 inline doubles splat(double x) { return x - doubles{}; }
 
@@ -29,11 +40,6 @@ template <class V> struct Widened {
 template <class H> struct Widened<Twice<H>> {
   static inline Twice<H> from(const float* p) { return {Widened<H>::from(p), Widened<H>::from(p + sizeof(H) / sizeof(double))}; }
 };
-
-inline doubles maximum(doubles a, doubles b) {
-  longs higher = a > b;
-  return bits_as<doubles>((higher & bits_as<longs>(a)) | (~higher & bits_as<longs>(b)));
-}
 
 constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15ull;
 
@@ -62,6 +68,17 @@ inline doubles logarithm(doubles x) {
   return exponent * 0.69314718055994530942 + 2.0 * s * p;
 }
 
+#if defined(__AVX512F__)
+inline bool any(longs mask) { return _mm512_test_epi64_mask((__m512i)mask, (__m512i)mask); }
+#else
+inline bool any(longs mask) {
+  int64_t lanes[8], found = 0;
+  store(lanes, mask);
+  for (int lane = 0; lane < 8; lane++) found |= lanes[lane];
+  return found != 0;
+}
+#endif
+
 inline double uniform(uint64_t key, long token) {
   uint64_t word = mixed(key + (uint64_t)(token + 1) * GOLDEN);
   return ((double)(word >> 11) + 0.5) * 0x1p-53;
@@ -72,33 +89,46 @@ struct Best {
   long token = 0;
 };
 
-// Of the scores x[count] of the tokens from `first` on the Gumbel maximum; total[count]: memory to work in.
-Best draw(const float* x, long first, long count, uint64_t key, double* total) {
-  doubles peak = splat(-__builtin_inf());
+// Of the scores x[count] of the tokens from `first` on the Gumbel maximum.
+//
+// Few tokens can win, so few logarithms are computed. With B the best so far, a token of score s wins where -log(-log u) >=
+// B - s, so where -log u <= exp(s - B); and 1 - u <= -log u.
+Best draw(const float* x, long first, long count, uint64_t key) {
+  Best best;
+  double most = -__builtin_inf();  // the best so far, but for the error of `logarithm`
+  floats lowered = splat(-__builtin_inff());
+  auto judge = [&](double value, long i) {
+    if (!(value >= most - MARGIN)) return;
+    if (value > most) {
+      most = value;
+      lowered = splat((float)(most - 1e-3 - 1e-6 * fabs(most)));  // more than the rounding of what it is compared with
+    }
+    double exact = x[i] - log(-log(uniform(key, first + i)));
+    if (exact > best.score) best = {exact, first + i};
+  };
   uint64_t starts[8];
   for (int lane = 0; lane < 8; lane++) starts[lane] = key + (uint64_t)(first + lane + 1) * GOLDEN;
   hashes words = load<hashes>(starts);
   long i = 0;
-  for (; i + 8 <= count; i += 8, words = words + 8 * GOLDEN) {
-    doubles u = (numbers_as<doubles>(bits_as<longs>(mixed(words) >> 11)) + 0.5) * 0x1p-53;
-    doubles noise = -logarithm(-logarithm(u));
-    doubles value = Widened<doubles>::from(x + i) + noise;
-    store(total + i, value);
-    peak = maximum(value, peak);
-  }
-  double peaks[8], most = -__builtin_inf();
-  store(peaks, peak);
-  for (int lane = 0; lane < 8; lane++) most = peaks[lane] > most ? peaks[lane] : most;
-  for (; i < count; i++) {
-    total[i] = x[i] - log(-log(uniform(key, first + i)));
-    most = total[i] > most ? total[i] : most;
-  }
-  Best best{-__builtin_inf(), first};
-  for (i = 0; i < count && most > -__builtin_inf(); i++)
-    if (total[i] >= most - MARGIN) {
-      double exact = x[i] - log(-log(uniform(key, first + i)));
-      if (exact > best.score) best = {exact, first + i};
+  for (; i + LANES <= count; i += LANES, words = words + LANES * GOLDEN) {
+    floats v = load<floats>(x + i);
+    if (!any(v > splat(-__builtin_inff()))) continue;
+    bool has_best = most > -__builtin_inf();
+    floats most_left = exponential(v - lowered);
+    if (has_best && !any(most_left >= splat((float)HALF_A_STEP))) continue;
+    float limits[LANES];
+    store(limits, most_left);
+    for (int half = 0; half < LANES; half += 8) {
+      longs drawn = bits_as<longs>(mixed(words + half * GOLDEN) >> 11);
+      doubles left_of_one = (numbers_as<doubles>((int64_t)(1ull << 53) - drawn) - 0.5) * 0x1p-53;
+      if (has_best && !any(left_of_one <= Widened<doubles>::from(limits + half))) continue;
+      doubles u = (numbers_as<doubles>(drawn) + 0.5) * 0x1p-53;
+      double values[8];
+      store(values, Widened<doubles>::from(x + i + half) - logarithm(-logarithm(u)));
+      for (int lane = 0; lane < 8; lane++) judge(values[lane], i + half + lane);
     }
+  }
+  for (; i < count; i++) judge(x[i] - log(-log(uniform(key, first + i))), i);
   return best;
 }
 
@@ -130,18 +160,15 @@ void choose(Context& context, const float* scores, long num_rows, long size, con
     bool has_nan;
   };
   long num_segments = divide_up(size, SEGMENT);
-  bool any_drawn = false;
-  for (long row = 0; row < num_rows; row++) any_drawn |= draws[row];
   std::vector<Found> found(num_rows * num_segments);
-  std::vector<double> totals(any_drawn ? (size_t)context.pool.size() * (SEGMENT + 8) : 0);
-  context.pool.run(num_rows * num_segments, [&](long task, int thread) {
+  context.pool.run(num_rows * num_segments, [&](long task, int) {
     long row = task / num_segments, first = task % num_segments * SEGMENT;
     long count = size - first < SEGMENT ? size - first : SEGMENT;
     const float* x = scores + row * size + first;
     Found& of = found[task];
     of.most_likely = highest(x, count, of.has_nan);
     of.most_likely.token += first;
-    if (draws[row]) of.drawn = draw(x, first, count, keys[row], totals.data() + (size_t)thread * (SEGMENT + 8));
+    if (draws[row]) of.drawn = draw(x, first, count, keys[row]);
   });
   for (long row = 0; row < num_rows; row++) {
     Found best = found[row * num_segments];
@@ -174,6 +201,11 @@ inline ints bucket_of(floats v, float highest) {
   return numbers_as<ints>(select(steps < splat((float)(NUM_BUCKETS - 1)), steps, splat((float)(NUM_BUCKETS - 1))));
 }
 
+// So far below the highest are the scores that are looked at one by one for a border: the nearest that do.
+constexpr float EVERYTHING = __builtin_inff();
+constexpr float REACHES[] = {0.5f, 1, 2, 4, 8, 16, EVERYTHING};
+constexpr int NUM_REACHES = sizeof REACHES / sizeof *REACHES;
+
 struct Candidate {
   float score, weight;
   long token;
@@ -187,54 +219,138 @@ struct Sorting {
   std::vector<Candidate> candidates;
 };
 
-// kept[size] = x, with minus infinity for whatever p leaves out: from the lowest score on, the first token first where some
-// are equal, all whose probability together is at most 1 - p, but never the last. Rows without a sum stay as they are.
-//
-// Only one bucket of scores has to be sorted: the others are in or out as a whole.
-void keep_top_p(const float* x, long size, float p, float* kept, Sorting& work) {
-  memcpy(kept, x, size * sizeof(float));
-  floats peak = splat(-__builtin_inff());
-  ints nan{};
-  for (long i = 0; i < size; i += LANES) {
-    floats v = lanes_from(x, i, size);
-    nan = nan | (v != v);
-    peak = maximum(v, peak);
-  }
-  float highest = maximum(peak);
-  if (any(nan) || !isfinite(highest)) return;
-  auto& [masses, candidates] = work;
-  std::fill(masses.begin(), masses.end(), 0.0);
-  candidates.clear();
-  float weights[LANES];
-  int32_t buckets[LANES];
-  auto weigh = [&](long first) {
-    floats v = lanes_from(x, first, size);
-    store(weights, exponential(v - splat(highest)));
-    store(buckets, bucket_of(v, highest));
-  };
-  for (long i = 0; i < size; i += LANES) {
-    weigh(i);
-    for (int lane = 0; lane < LANES; lane++) masses[buckets[lane]] += weights[lane];
-  }
-  double total = 0, below = 0;
-  for (int bucket = NUM_BUCKETS - 1; bucket >= 0; bucket--) total += masses[bucket];
-  const double limit = (double)(1.0f - p) * total;
-  int border = NUM_BUCKETS - 1;
-  for (; border > 0 && below + masses[border] <= limit; border--) below += masses[border];
-  for (long i = 0; i < size; i += LANES) {
-    weigh(i);
-    for (int lane = 0; lane < LANES && i + lane < size; lane++) {
-      if (buckets[lane] > border) kept[i + lane] = -__builtin_inff();
-      if (buckets[lane] == border) candidates.push_back({x[i + lane], weights[lane], i + lane});
+// A row of scores [size] whose low ones are removed, which is to become minus infinity. Its highest is a number.
+struct Row {
+  float* scores;
+  long size;
+  float highest;
+  Sorting& work;
+
+  floats weights(floats v) const { return exponential(v - splat(highest)); }
+
+  // Calls f(token, score, weight, bucket) for all scores that are `reach` below the highest at most.
+  template <class F> void visit(float reach, const F& f) const {
+    const floats lowest = splat(highest - reach);
+    float values[LANES], of_each[LANES];
+    int32_t buckets[LANES];
+    for (long i = 0; i < size; i += LANES) {
+      floats v = lanes_from(scores, i, size);
+      unsigned near = bits_of(v >= lowest);
+      if (size - i < LANES) near &= (1u << (size - i)) - 1;
+      if (!near) continue;
+      store(values, v);
+      store(of_each, weights(v));
+      store(buckets, bucket_of(v, highest));
+      for (; near; near &= near - 1) {
+        int lane = __builtin_ctz(near);
+        f(i + lane, values[lane], of_each[lane], buckets[lane]);
+      }
     }
   }
-  std::sort(candidates.begin(), candidates.end());
-  long num_others = border ? (long)candidates.size() : (long)candidates.size() - 1;
-  for (long c = 0; c < num_others; c++) {
-    below += candidates[c].weight;
-    if (below > limit) break;
-    kept[candidates[c].token] = -__builtin_inff();
+  // Removes all scores of which of(scores) is true.
+  template <class F> void remove(const F& of) const {
+    for (long i = 0; i < size; i += LANES) {
+      floats v = lanes_from(scores, i, size);
+      v = select(of(v), splat(-__builtin_inff()), v);
+      if (i + LANES <= size) {
+        store(scores + i, v);
+      } else {
+        float lanes[LANES];
+        store(lanes, v);
+        memcpy(scores + i, lanes, (size - i) * sizeof(float));
+      }
+    }
   }
+
+  // All that are below the k-th of the highest.
+  void keep_top_k(long k) const {
+    if (k >= size) return;
+    ints within[NUM_REACHES] = {};
+    for (long i = 0; i < size; i += LANES)
+      for (int r = 0; r < NUM_REACHES; r++) within[r] = within[r] - (lanes_from(scores, i, size) >= splat(highest - REACHES[r]));
+    int r = 0;
+    while (r + 1 < NUM_REACHES && sum(within[r]) < k) r++;
+    auto& candidates = work.candidates;
+    candidates.clear();
+    visit(REACHES[r], [&](long token, float score, float weight, int) { candidates.push_back({score, weight, token}); });
+    auto last = candidates.end() - k;
+    std::nth_element(candidates.begin(), last, candidates.end());
+    const floats threshold = splat(last->score);
+    remove([&](floats v) { return v < threshold; });
+  }
+
+  // Whatever p leaves out: from the lowest score on, the first token first where some are equal, all whose probability
+  // together is at most 1 - p, but never the last. Only one bucket of scores has to be sorted: the others are in or out as a
+  // whole.
+  void keep_top_p(float p) const {
+    auto& [masses, candidates] = work;
+    floats all{}, beyond[NUM_REACHES] = {};
+    for (long i = 0; i < size; i += LANES) {
+      floats v = lanes_from(scores, i, size), weight = weights(v);
+      all = all + weight;
+      for (int r = 0; r + 1 < NUM_REACHES; r++) beyond[r] = beyond[r] + select(v < splat(highest - REACHES[r]), weight, floats{});
+    }
+    int r = 0;
+    while (sum(beyond[r]) > (1 - p) * sum(all)) r++;
+    const float reach = REACHES[r];
+    const int num_buckets = reach < EVERYTHING ? (int)(reach * BUCKETS_PER_NAT) + 2 : NUM_BUCKETS;
+    std::fill(masses.begin(), masses.begin() + num_buckets, 0.0);
+    visit(reach, [&](long, float, float weight, int bucket) { masses[bucket] += weight; });
+    double below = sum(beyond[r]), total = below;
+    for (int bucket = num_buckets - 1; bucket >= 0; bucket--) total += masses[bucket];
+    const double limit = (double)(1.0f - p) * total;
+    int border = num_buckets - 1;
+    for (; border > 0 && below + masses[border] <= limit; border--) below += masses[border];
+    candidates.clear();
+    visit(reach, [&](long token, float score, float weight, int bucket) {
+      if (bucket == border) candidates.push_back({score, weight, token});
+      if (bucket > border) scores[token] = -__builtin_inff();
+    });
+    const floats lowest = splat(highest - reach);
+    remove([&](floats v) { return v < lowest; });
+    std::sort(candidates.begin(), candidates.end());
+    long num_others = border ? (long)candidates.size() : (long)candidates.size() - 1;
+    for (long c = 0; c < num_others; c++) {
+      below += candidates[c].weight;
+      if (below > limit) break;
+      scores[candidates[c].token] = -__builtin_inff();
+    }
+  }
+
+  // All that have less than `ratio` of the probability of the highest.
+  void keep_min_p(float ratio) const {
+    const floats least = splat(ratio);
+    remove([&](floats v) { return weights(v) < least; });
+  }
+};
+
+// kept[size]: x divided by the temperature, without what the rest leaves out. Rows without a sum stay as they are.
+void warp(const float* x, long size, const Warp& warp, float* kept, Sorting& work) {
+  floats peak = splat(-__builtin_inff());
+  ints nan{};
+  const floats temperature = splat(warp.temperature);
+  long i = 0;
+  for (; i + LANES <= size; i += LANES) {
+    floats v = load<floats>(x + i) / temperature;
+    nan = nan | (v != v);
+    peak = maximum(v, peak);
+    store(kept + i, v);
+  }
+  float highest = maximum(peak);
+  bool has_nan = any(nan);
+  for (; i < size; i++) {
+    kept[i] = x[i] / warp.temperature;
+    has_nan |= kept[i] != kept[i];
+    highest = kept[i] > highest ? kept[i] : highest;
+  }
+  if (has_nan || !isfinite(highest)) {
+    memcpy(kept, x, size * sizeof(float));
+    return;
+  }
+  Row row{kept, size, highest, work};
+  if (warp.top_k > 0) row.keep_top_k(warp.top_k);
+  if (warp.top_p < 1) row.keep_top_p(warp.top_p);
+  if (warp.min_p > 0) row.keep_min_p(warp.min_p);
 }
 
 }  // namespace
@@ -249,12 +365,12 @@ int reprise_choose(Context* context, const float* scores, int64_t num_rows, int6
   return guarded([&] { choose(*context, scores, num_rows, size, keys, draws, choices); });
 }
 
-// kept[num_rows][size]: scores with minus infinity for what p[row] leaves out.
-int reprise_keep_top_p(Context* context, const float* scores, int64_t num_rows, int64_t size, const float* p, float* kept) {
+// kept[num_rows][size]: scores as rows[row] has it.
+int reprise_warp(Context* context, const float* scores, int64_t num_rows, int64_t size, const Warp* rows, float* kept) {
   return guarded([&] {
     std::vector<Sorting> work(context->pool.size(), Sorting(size));
     context->pool.run(num_rows, [&](long row, int thread) {
-      keep_top_p(scores + row * size, size, p[row], kept + row * size, work[thread]);
+      warp(scores + row * size, size, rows[row], kept + row * size, work[thread]);
     });
   });
 }

@@ -5,12 +5,12 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from reprise.engine.native.library import NativeContext, check_outcome
-from reprise.engine.selection import Choice, Choices
+from reprise.engine.native.library import NativeContext, Warp, check_outcome
+from reprise.engine.selection import Choice, Choices, typical_p
+from reprise.types import SamplingParams
 
 _MASK = (1 << 64) - 1
 
@@ -35,6 +35,7 @@ class NativeSelection:
 
     def __init__(self, context: NativeContext) -> None:
         self._context = context
+        self._warped = torch.empty((0, 0))
 
     def choose(self, scores: Tensor, keys: Sequence[int | None]) -> Choices:
         scores = scores.contiguous()
@@ -50,14 +51,20 @@ class NativeSelection:
         )
         return _ChoicesAtHand(columns)
 
-    def top_p(self, scores: Tensor, p: list[float]) -> Tensor:
+    def warp(self, scores: Tensor, parameters: Sequence[SamplingParams | None]) -> Tensor:
         scores = scores.contiguous()
         num_rows, size = scores.shape
-        shares = np.array(p, dtype=np.float32)
-        kept = torch.empty_like(scores)
-        check_outcome(
-            self._context.library.reprise_keep_top_p(
-                self._context.handle, scores.data_ptr(), num_rows, size, shares.ctypes.data, kept.data_ptr()
+        rows = (Warp * num_rows)(
+            *(
+                Warp(1.0, 0, 1.0, 0.0) if p is None else Warp(p.temperature, p.top_k, p.top_p, p.min_p)
+                for p in parameters
             )
         )
-        return kept
+        if self._warped.shape != scores.shape:
+            self._warped = torch.empty_like(scores)
+        check_outcome(
+            self._context.library.reprise_warp(
+                self._context.handle, scores.data_ptr(), num_rows, size, rows, self._warped.data_ptr()
+            )
+        )
+        return typical_p(self._warped, parameters)

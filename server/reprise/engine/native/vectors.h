@@ -121,11 +121,24 @@ inline float maximum(floats v) {
   return highest;
 #endif
 }
-inline bool any(ints mask) {
-  int32_t lanes[LANES], found = 0;
+// A bit for each lane of a mask.
+inline unsigned bits_of(ints mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)mask);
+#else
+  int32_t lanes[LANES];
+  unsigned bits = 0;
   store(lanes, mask);
-  for (int i = 0; i < LANES; i++) found |= lanes[i];
-  return found != 0;
+  for (int i = 0; i < LANES; i++) bits |= (unsigned)(lanes[i] & 1) << i;
+  return bits;
+#endif
+}
+inline bool any(ints mask) { return bits_of(mask) != 0; }
+inline int32_t sum(ints v) {
+  int32_t lanes[LANES], total = 0;
+  store(lanes, v);
+  for (int i = 0; i < LANES; i++) total += lanes[i];
+  return total;
 }
 inline ints lane_numbers() {
   int32_t lanes[LANES];
