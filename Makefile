@@ -35,7 +35,7 @@ format: $(VENV)/.installed-lint ## Format the code
 	@$(VENV)/bin/ruff format
 
 bench: $(VENV)/.installed-test ## Measure this machine, the server alone, and the server beside its peers (two hours)
-	@for name in floors use_cache load steps quantization speculation scaling overhead startup gpu; do \
+	@for name in floors use_cache load steps quantization sampling speculation scaling overhead startup gpu; do \
 		echo "benchmarks.$$name" && $(python) -m benchmarks.$$name || exit; \
 	done
 	@$(python) -m benchmarks.peers --plot docs/peers.svg $(ARGS)

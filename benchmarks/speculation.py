@@ -8,6 +8,10 @@ counts. Answers are compared with `==`.
   predicted    the request predicts the whole answer: the best that there can be
   mistaken     it predicts something else, which should cost little
   draft        a draft model, which is the model itself: always right, and too slow to pay
+
+Then a model whose later layers add little, with a draft model that is its first layers, for each of --pairs: what the
+later layers' outputs are multiplied by. 0 is a draft model that is always right; larger numbers are less often. Their
+answers are sampled, at temperature 0.2: greedy ones of random weights soon repeat themselves.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from typing import Any
 import torch
 
 from benchmarks.report import print_report
-from benchmarks.shapes import SHAPES, write_model
+from benchmarks.shapes import SHAPES, write_model, write_pair
 from reprise.engine.core import EngineCore
 from reprise.engine.loader import load
 from reprise.engine.process import build_core
@@ -41,15 +45,15 @@ FIRST_ID = 20
 class Way:
     """A model with guesses of one origin."""
 
-    def __init__(self, directory: str, dtype: str, speculate: str) -> None:
-        draft = {"draft_model": directory} if speculate == "draft" else {}
+    def __init__(self, directory: str, dtype: str, speculate: str, draft_model: str) -> None:
+        draft = {"draft_model": draft_model} if speculate == "draft" else {}
         settings: dict[str, Any] = {"model": directory, "dtype": dtype, "speculate": speculate, **draft}
         config = EngineConfig(device="cpu", kv_cache_memory=KV_CACHE_BYTES, deterministic=True, **settings)
         self._core: EngineCore = build_core(load(config, lambda _stage, _share: None), None)
         self._next_id = 1
 
     def answer(
-        self, prompt: list[int], new_tokens: int, prediction: list[int], temperature: float = 0.0
+        self, prompt: list[int], new_tokens: int, prediction: list[int], temperature: float
     ) -> tuple[list[int], float]:
         """Token ids, and the seconds that they took."""
         sampling = SamplingParams(seed=0, temperature=temperature, max_tokens=new_tokens)
@@ -75,18 +79,19 @@ def prompts(count: int, length: int, vocab_size: int) -> list[list[int]]:
     ]
 
 
-def measure(directory: str, vocab_size: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Raises RuntimeError where guesses change an answer."""
-    ways = {name: Way(directory, options.dtype, speculate) for name, speculate in SPECULATE.items()}
+def measure(
+    ways: dict[str, Way], vocab_size: int, options: argparse.Namespace, temperature: float = 0.0
+) -> list[dict[str, Any]]:
+    """Of ways to run one model, `none` among them. Raises RuntimeError where guesses change an answer."""
     best = dict.fromkeys(ways, float("inf"))
     asked = prompts(options.prompts, options.prompt_tokens, vocab_size)
-    answers = [ways["none"].answer(prompt, options.new_tokens, [])[0] for prompt in asked]
+    answers = [ways["none"].answer(prompt, options.new_tokens, [], temperature)[0] for prompt in asked]
     for _ in range(options.repeats):
         for name, way in ways.items():
             seconds = 0.0
             for prompt, expected in zip(asked, answers, strict=True):
                 prediction = {"predicted": expected, "mistaken": expected[::-1]}.get(name, [])
-                token_ids, taken = way.answer(prompt, options.new_tokens, prediction)
+                token_ids, taken = way.answer(prompt, options.new_tokens, prediction, temperature)
                 if token_ids != expected:
                     raise RuntimeError(f"{name}: guesses have changed an answer")
                 seconds += taken
@@ -109,6 +114,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", choices=("pocket", *SHAPES), nargs="+", default=["pocket", "smollm2-135m"])
+    parser.add_argument(
+        "--pairs", type=float, nargs="*", default=[0.0, 0.01, 0.02, 0.05], help="(default: 0 0.01 0.02 0.05)"
+    )
+    parser.add_argument("--pair-shape", choices=[*SHAPES], default="smollm2-135m", help="(default: smollm2-135m)")
+    parser.add_argument("--draft-layers", type=int, default=4, help="of a pair's draft model (default: 4)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--prompts", type=int, default=3, help="(default: 3)")
     parser.add_argument("--prompt-tokens", type=int, default=64, help="(default: 64)")
@@ -128,8 +138,18 @@ def main(arguments: Sequence[str]) -> int:
             else:
                 directory, vocab_size = stack.enter_context(tempfile.TemporaryDirectory()), SHAPES[model]["vocab_size"]
                 write_model(Path(directory), model, dtype=options.dtype)
-            by_model[model] = measure(directory, vocab_size, options)
-        for result in by_model[model]:
+            ways = {name: Way(directory, options.dtype, how, directory) for name, how in SPECULATE.items()}
+            by_model[model] = measure(ways, vocab_size, options)
+    for later in options.pairs:
+        shape = options.pair_shape
+        with tempfile.TemporaryDirectory() as directory:
+            whole, draft = Path(directory, "model"), Path(directory, "draft")
+            sizes = {"num_draft_layers": options.draft_layers, "dtype": options.dtype}
+            write_pair(whole, draft, shape, later=later, **sizes)
+            ways = {name: Way(str(whole), options.dtype, name, str(draft)) for name in ("none", "draft")}
+            by_model[f"{shape}, later × {later:g}"] = measure(ways, SHAPES[shape]["vocab_size"], options, 0.2)
+    for model, results in by_model.items():
+        for result in results:
             kept = "-" if result["kept_share"] is None else f"{result['kept_share']:.0%}"
             rows.append([
                 model, result["way"], f"{result['tokens_per_second']:.0f}", f"{result['ratio']:.2f}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ from benchmarks import (
     overhead,
     quantization,
     rows,
+    sampling,
     scaling,
     shapes,
     speculation,
@@ -34,6 +36,7 @@ from benchmarks.report import percentile, table
 from benchmarks.streaming import StreamTimes, stream_completion
 from reprise.engine import attention
 from reprise.engine.native.library import built_variants
+from reprise.engine.noise import draw_key
 from support.one_order import need_products_that_do_not_repeat
 
 FIXED_ATTENTION = attention.attend
@@ -51,7 +54,7 @@ def result_of(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], dict[str, 
     "name",
     [
         *("load", "use_cache", "floors", "shapes", "rows", "steps", "peers", "convert_gguf", "layers", "quantization"),
-        *("startup", "overhead", "scaling", "speculation"),
+        *("startup", "overhead", "scaling", "speculation", "sampling"),
     ],
 )
 def test_help(name: str) -> None:
@@ -93,15 +96,35 @@ def test_quantization_tells_errors_and_perplexity(capsys: pytest.CaptureFixture[
 
 def test_speculation_compares_answers_and_counts_guesses(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--model", "tiny", "--dtype", "float32", "--prompts", "2", "--prompt-tokens", "20"]
+    arguments += ["--pairs", "0", "3", "--pair-shape", "tiny", "--draft-layers", "1"]
     assert speculation.main([*arguments, "--new-tokens", "24", "--repeats", "1"]) == 0
     lines, result = result_of(capsys)
-    assert len(lines) == 6
+    assert len(lines) == 6 + 2 * 2
     by_way = {entry["way"]: entry for entry in result["models"]["tiny"]}
     assert [*by_way] == ["none", "ngram", "predicted", "mistaken", "draft"]
     assert by_way["none"]["num_guesses"] == 0
     assert by_way["predicted"]["kept_share"] == 1.0
     assert by_way["draft"]["kept_share"] == 1.0
     assert by_way["none"]["ratio"] == 1.0
+    (_, always_right), (_, often_wrong) = (result["models"][f"tiny, later × {later}"] for later in (0, 3))
+    assert always_right["kept_share"] == 1.0
+    assert often_wrong["num_guesses"] > 0
+    assert often_wrong["kept_share"] < 1.0
+
+
+def test_sampling_compares_native_with_torch(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sampling.main(["--vocab", "500", "--rows", "3", "--repeats", "1"]) == 0
+    lines, result = result_of(capsys)
+    assert len(lines) == 1 + len(sampling.PARAMETERS)
+    assert [entry["parameters"] for entry in result["results"]] == [*sampling.PARAMETERS]
+    assert all(entry["agreement"] == 1.0 and entry["native_ms"] > 0 for entry in result["results"])
+
+
+def test_sampling_does_not_time_wrong_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = itertools.count()
+    monkeypatch.setattr("reprise.engine.sampler.draw_key", lambda *words: draw_key(*words) + next(calls))
+    with pytest.raises(RuntimeError, match="choose the same token for"):
+        sampling.main(["--vocab", "500", "--rows", "3", "--repeats", "1"])
 
 
 def test_load_with_openai_fields_alone(live_base_url: str, capsys: pytest.CaptureFixture[str]) -> None:
