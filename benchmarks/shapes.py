@@ -229,7 +229,9 @@ def write_pair(
     model.to(getattr(torch, dtype))
     model.save_pretrained(directory)
     model.model.layers = model.model.layers[:num_draft_layers]
-    model.config.num_hidden_layers = num_draft_layers
+    model.config.num_hidden_layers = len(model.model.layers)
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[:num_draft_layers]
     model.save_pretrained(draft_directory)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
+from reprise.engine.native.library import NativeContext, built_variants
+from reprise.engine.native.selection import NativeSelection
 from reprise.engine.sampler import LOWEST_LOGPROB, Sampler
 from reprise.engine.sequence import Sequence
 from reprise.types import SamplingParams
@@ -24,6 +27,20 @@ from reprise.types import SamplingParams
 VOCAB_SIZE = 61
 TOKEN_BYTES = [f"<{i}>".encode() for i in range(VOCAB_SIZE - 4)] + [b" ba", b"d", b"ba", b"bad"]
 BA, D, BA_PLAIN, BAD = range(VOCAB_SIZE - 4, VOCAB_SIZE)
+
+
+Make = Callable[..., Sampler]
+
+
+@pytest.fixture(params=["torch", "native"])
+def make(request: pytest.FixtureRequest) -> Make:
+    """A sampler that chooses with torch, or natively."""
+    if request.param == "torch":
+        return Sampler
+    if not built_variants():
+        pytest.skip("the native library was not built for this CPU")
+    selection = NativeSelection(NativeContext(2))
+    return lambda token_bytes=None: Sampler(token_bytes, selection)
 
 
 def sequence(number: int = 1, output: list[int] | None = None, **sampling: Any) -> Sequence:
@@ -46,7 +63,7 @@ def finite(sampler: Sampler, seq: Sequence, raw: Tensor) -> set[int]:
     return set(torch.isfinite(sampler.processed([seq], raw)[0]).nonzero()[:, 0].tolist())
 
 
-def test_the_processed_distribution_equals_transformers_chain() -> None:
+def test_the_processed_distribution_equals_transformers_chain(make: Make) -> None:
     """generate()'s own order: repetition penalty, temperature, top-k, top-p, min-p, typical-p."""
     parameters: list[dict[str, Any]] = [
         {"temperature": 0.7, "top_k": 20, "top_p": 0.9},
@@ -64,7 +81,7 @@ def test_the_processed_distribution_equals_transformers_chain() -> None:
     ]
     raw = logits(len(parameters))
     sequences = [sequence(i + 1, [4, 4, 9], **p) for i, p in enumerate(parameters)]
-    actual = Sampler().processed(sequences, raw)
+    actual = make().processed(sequences, raw)
     for row, p in enumerate(parameters):
         chain = LogitsProcessorList()
         if "repetition_penalty" in p:
@@ -82,7 +99,7 @@ def test_the_processed_distribution_equals_transformers_chain() -> None:
         torch.testing.assert_close(actual[row : row + 1], expected)
 
 
-def test_a_row_is_sampled_alike_alone_and_in_company() -> None:
+def test_a_row_is_sampled_alike_alone_and_in_company(make: Make) -> None:
     parameters: list[dict[str, Any]] = [
         {"top_p": 0.8},
         {"temperature": 0.0},
@@ -93,16 +110,16 @@ def test_a_row_is_sampled_alike_alone_and_in_company() -> None:
         {"min_tokens": 9, "end_token_ids": (0,), "stop_token_ids": (1,)},
     ]
     raw = logits(len(parameters))
-    together = Sampler(TOKEN_BYTES).sample([sequence(i, [BA], **p) for i, p in enumerate(parameters)], raw)
+    together = make(TOKEN_BYTES).sample([sequence(i, [BA], **p) for i, p in enumerate(parameters)], raw)
     for row, p in enumerate(parameters):
-        alone = Sampler(TOKEN_BYTES).sample([sequence(row, [BA], **p)], raw[row : row + 1])
+        alone = make(TOKEN_BYTES).sample([sequence(row, [BA], **p)], raw[row : row + 1])
         assert alone == [together[row]]
 
 
-def test_sampled_frequencies_fit_the_processed_distribution() -> None:
+def test_sampled_frequencies_fit_the_processed_distribution(make: Make) -> None:
     raw = logits(1, seed=5)
     parameters: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "repetition_penalty": 1.2}
-    sampler = Sampler()
+    sampler = make()
     num_draws = 6000
     counts = torch.zeros(VOCAB_SIZE)
     sequences = [sequence(seed, **parameters) for seed in range(num_draws)]
@@ -118,52 +135,52 @@ def test_sampled_frequencies_fit_the_processed_distribution() -> None:
     assert chi_square < freedom + 5 * (2 * freedom) ** 0.5, (chi_square, freedom)
 
 
-def test_temperature_zero_is_greedy_after_penalties_and_masks() -> None:
+def test_temperature_zero_is_greedy_after_penalties_and_masks(make: Make) -> None:
     raw = torch.zeros(1, VOCAB_SIZE)
     raw[0, 10], raw[0, 11], raw[0, 12] = 5.0, 4.9, 4.0
-    sampler = Sampler()
+    sampler = make()
     assert sampler.sample([sequence(1, temperature=0.0)], raw)[0].token_id == 10
     assert sampler.sample([sequence(2, [10], temperature=0.0, presence_penalty=0.5)], raw)[0].token_id == 11
     assert sampler.sample([sequence(3, temperature=0.0, logit_bias={12: 3.0})], raw)[0].token_id == 12
     assert sampler.sample([sequence(4, temperature=0.0, top_k=1, seed=9)], raw)[0].token_id == 10
 
 
-def test_the_seed_the_choice_and_the_position_decide_a_draw() -> None:
+def test_the_seed_the_choice_and_the_position_decide_a_draw(make: Make) -> None:
     raw = torch.zeros(1, VOCAB_SIZE)
-    base = [Sampler().sample([sequence(1, [5] * i, seed=8)], raw)[0].token_id for i in range(30)]
-    assert base == [Sampler().sample([sequence(2, [5] * i, seed=8)], raw)[0].token_id for i in range(30)]
-    assert base != [Sampler().sample([sequence(1, [5] * i, seed=9)], raw)[0].token_id for i in range(30)]
+    base = [make().sample([sequence(1, [5] * i, seed=8)], raw)[0].token_id for i in range(30)]
+    assert base == [make().sample([sequence(2, [5] * i, seed=8)], raw)[0].token_id for i in range(30)]
+    assert base != [make().sample([sequence(1, [5] * i, seed=9)], raw)[0].token_id for i in range(30)]
     assert len(set(base)) > 10
 
 
-def test_penalties_count_the_output_and_repetition_the_prompt_too() -> None:
+def test_penalties_count_the_output_and_repetition_the_prompt_too(make: Make) -> None:
     raw = torch.full((1, VOCAB_SIZE), 1.0)
-    penalised = Sampler().processed([sequence(1, [9, 9], presence_penalty=0.5, frequency_penalty=0.25)], raw)[0]
+    penalised = make().processed([sequence(1, [9, 9], presence_penalty=0.5, frequency_penalty=0.25)], raw)[0]
     assert penalised[9] == 0.0
     assert penalised[2] == 1.0
-    repeated = Sampler().processed([sequence(1, [9, 9], repetition_penalty=2.0)], raw)[0]
+    repeated = make().processed([sequence(1, [9, 9], repetition_penalty=2.0)], raw)[0]
     assert repeated[[9, 2, 20]].tolist() == [0.5, 0.5, 1.0]
 
 
-def test_penalties_keep_up_with_a_growing_output() -> None:
-    sampler, raw = Sampler(), torch.full((1, VOCAB_SIZE), 1.0)
+def test_penalties_keep_up_with_a_growing_output(make: Make) -> None:
+    sampler, raw = make(), torch.full((1, VOCAB_SIZE), 1.0)
     seq = sequence(1, [], frequency_penalty=0.25)
     for expected in (1.0, 0.75, 0.5):
         assert float(sampler.processed([seq], raw)[0, 7]) == expected
         seq.token_ids.append(7)
 
 
-def test_allowed_token_ids_and_end_tokens_before_min_tokens() -> None:
+def test_allowed_token_ids_and_end_tokens_before_min_tokens(make: Make) -> None:
     raw = logits(1)
-    assert finite(Sampler(), sequence(1, allowed_token_ids=(3, 5)), raw) == {3, 5}
+    assert finite(make(), sequence(1, allowed_token_ids=(3, 5)), raw) == {3, 5}
     early = sequence(1, [7], min_tokens=2, end_token_ids=(0,), stop_token_ids=(1,))
-    assert finite(Sampler(), early, raw) == set(range(VOCAB_SIZE)) - {0, 1}
+    assert finite(make(), early, raw) == set(range(VOCAB_SIZE)) - {0, 1}
     late = sequence(1, [7, 7], min_tokens=2, end_token_ids=(0,), stop_token_ids=(1,))
-    assert finite(Sampler(), late, raw) == set(range(VOCAB_SIZE))
+    assert finite(make(), late, raw) == set(range(VOCAB_SIZE))
 
 
-def test_a_bad_word_is_barred_in_every_spelling() -> None:
-    sampler, raw = Sampler(TOKEN_BYTES), logits(1)
+def test_a_bad_word_is_barred_in_every_spelling(make: Make) -> None:
+    sampler, raw = make(TOKEN_BYTES), logits(1)
     seq = sequence(1, [], bad_words=(b"bad",))
     assert BAD not in finite(sampler, seq, raw)
     assert D in finite(sampler, seq, raw)
@@ -173,9 +190,9 @@ def test_a_bad_word_is_barred_in_every_spelling() -> None:
     assert D in finite(sampler, seq, raw)
 
 
-def test_logprobs_are_the_models_own_and_ordered() -> None:
+def test_logprobs_are_the_models_own_and_ordered(make: Make) -> None:
     raw = logits(2)
-    first, second = Sampler().sample(
+    first, second = make().sample(
         [sequence(1, num_logprobs=3, temperature=0.2, top_k=1), sequence(2, num_logprobs=0)], raw
     )
     expected = raw.log_softmax(-1)
@@ -186,48 +203,66 @@ def test_logprobs_are_the_models_own_and_ordered() -> None:
     assert second.logprobs.top == []
 
 
-def test_a_logprob_is_a_number_even_where_the_model_says_never() -> None:
+def test_a_logprob_is_a_number_even_where_the_model_says_never(make: Make) -> None:
     raw = logits(1)
     raw[0, 5] = float("-inf")
-    sampled = Sampler().sample([sequence(1, num_logprobs=VOCAB_SIZE)], raw)[0]
+    sampled = make().sample([sequence(1, num_logprobs=VOCAB_SIZE)], raw)[0]
     assert sampled.logprobs is not None
     assert sampled.logprobs.top[-1] == (5, LOWEST_LOGPROB)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_row_of_no_numbers_fails_and_its_neighbour_does_not(value: float) -> None:
+def test_a_row_of_no_numbers_fails_and_its_neighbour_does_not(make: Make, value: float) -> None:
     raw = logits(2)
     broken = raw.clone()
     broken[0, 13] = value
-    good = Sampler().sample([sequence(2)], raw[1:])[0]
-    assert [s.error_code for s in Sampler().sample([sequence(1), sequence(2)], broken)] == [
+    good = make().sample([sequence(2)], raw[1:])[0]
+    assert [s.error_code for s in make().sample([sequence(1), sequence(2)], broken)] == [
         "numerical_error",
         None,
     ]
-    assert Sampler().sample([sequence(1), sequence(2)], broken)[1] == good
+    assert make().sample([sequence(1), sequence(2)], broken)[1] == good
 
 
-def test_masks_that_leave_nothing_are_an_error() -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("changes", [{"temperature": 0.7}, {"top_p": 0.5, "top_k": 9}, {"typical_p": 0.5}, {}])
+def test_what_is_wrong_with_a_row_does_not_depend_on_its_company(
+    make: Make, value: float, changes: dict[str, Any]
+) -> None:
+    """Beside masks all rows are looked at twice, and else once."""
+    raw = logits(3)
+    raw[1, 13] = value
+    if value < 0:
+        raw[1] = value
+    barred = sequence(1, allowed_token_ids=(BAD,), bad_words=(b"bad",))
+    others = [sequence(2, **changes), sequence(3, **changes)]
+    together = make(TOKEN_BYTES).sample([barred, *others], raw)
+    assert [sampled.error_code for sampled in together] == ["no_admissible_token", "numerical_error", None]
+    for row, alone in enumerate(others, start=1):
+        assert make(TOKEN_BYTES).sample([alone], raw[row : row + 1]) == together[row : row + 1]
+
+
+def test_masks_that_leave_nothing_are_an_error(make: Make) -> None:
     seq = sequence(1, allowed_token_ids=(BAD,), bad_words=(b"bad",))
-    assert Sampler(TOKEN_BYTES).sample([seq], logits(1))[0].error_code == "no_admissible_token"
+    assert make(TOKEN_BYTES).sample([seq], logits(1))[0].error_code == "no_admissible_token"
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-39, 1e-50])
-def test_a_temperature_too_small_to_divide_by_is_greedy(temperature: float) -> None:
+def test_a_temperature_too_small_to_divide_by_is_greedy(make: Make, temperature: float) -> None:
     raw = torch.zeros(1, VOCAB_SIZE)
     raw[0, 7], raw[0, 20], raw[0, 30] = 3.0, 9.0, 8.0
-    assert Sampler().sample([sequence(1, temperature=temperature)], raw)[0].token_id == 20
+    assert make().sample([sequence(1, temperature=temperature)], raw)[0].token_id == 20
 
 
-def test_alternatives_are_ranked_alike_whatever_a_neighbour_asks_for() -> None:
+def test_alternatives_are_ranked_alike_whatever_a_neighbour_asks_for(make: Make) -> None:
     """Ties are common in bfloat16; how they fall must not follow the largest number asked for in the batch."""
     raw = logits(2).bfloat16().float().round()
-    alone = Sampler().sample([sequence(1, num_logprobs=5, temperature=0.0)], raw[:1])[0]
+    alone = make().sample([sequence(1, num_logprobs=5, temperature=0.0)], raw[:1])[0]
     for neighbour in (0, 5, 19, 20):
         pair = [sequence(1, num_logprobs=5, temperature=0.0), sequence(2, num_logprobs=neighbour)]
-        assert Sampler().sample(pair, raw)[0] == alone
+        assert make().sample(pair, raw)[0] == alone
 
 
-def test_a_row_of_minus_infinity_is_the_models_fault() -> None:
+def test_a_row_of_minus_infinity_is_the_models_fault(make: Make) -> None:
     raw = torch.full((1, VOCAB_SIZE), float("-inf"))
-    assert Sampler().sample([sequence(1)], raw)[0].error_code == "numerical_error"
+    assert make().sample([sequence(1)], raw)[0].error_code == "numerical_error"

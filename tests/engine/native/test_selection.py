@@ -13,6 +13,7 @@ from reprise.engine.noise import draw_key
 from reprise.engine.selection import Selection, TorchSelection
 from reprise.types import SamplingParams
 
+REMOVED = float("-inf")
 SIZES = [1, 5, 16, 199, 16384, 16385, 40007]
 
 
@@ -26,6 +27,40 @@ def test_the_same_draws(size: int, variant: str) -> None:
     for position in range(20 if size < 1000 else 4):
         keys = [None if row == position % 9 else draw_key(-3, row, position) for row in range(7)]
         assert native.choose(scores, keys).rows() == TorchSelection().choose(scores, keys).rows()
+
+
+def odd_rows(size: int) -> torch.Tensor:
+    """Rows in which the best so far is late, early, far ahead, or in none of the first blocks."""
+    scores = torch.randn(8, size, generator=torch.Generator().manual_seed(size))
+    scores[0] = torch.arange(size) * 0.01
+    scores[1] = torch.arange(size, 0, -1) * 0.01
+    scores[2, size // 2] = 30.0
+    scores[3, : size // 2] = REMOVED
+    scores[4] *= 1e6
+    scores[5] = 0.0
+    scores[6, size // 3 :] -= 25.0
+    scores[7] = REMOVED
+    scores[7, -1] = -5.0
+    return scores
+
+
+@pytest.mark.parametrize("variant", built_variants())
+@pytest.mark.parametrize("size", SIZES)
+def test_the_same_draws_of_odd_rows_and_whoever_is_beside_them(size: int, variant: str) -> None:
+    scores = odd_rows(size)
+    together, alone = (NativeSelection(NativeContext(threads, variant)) for threads in (2, 1))
+    for position in range(20 if size < 1000 else 4):
+        keys = [draw_key(5, row, position) for row in range(len(scores))]
+        found = together.choose(scores, keys).rows()
+        assert found == TorchSelection().choose(scores, keys).rows()
+        assert found == [
+            alone.choose(scores[row : row + 1], keys[row : row + 1]).rows()[0] for row in range(len(scores))
+        ]
+
+
+def test_no_rows_at_all() -> None:
+    for selection in (NativeSelection(NativeContext(2)), TorchSelection()):
+        assert selection.choose(torch.empty(0, 9), []).rows() == []
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -51,9 +86,6 @@ def test_rows_that_are_not_contiguous() -> None:
     wide = torch.randn(4, 100, generator=torch.Generator().manual_seed(2))
     native = NativeSelection(NativeContext(1))
     assert native.choose(wide[:, 10:60], [None] * 4).token_ids.tolist() == wide[:, 10:60].argmax(-1).tolist()
-
-
-REMOVED = float("-inf")
 
 
 def parameters(**values: Any) -> SamplingParams:
@@ -97,6 +129,30 @@ def test_top_p_keeps_what_the_definition_says(size: int, variant: str) -> None:
         assert not removed[scores[row].argmax()] or (scores[row] == scores[row].max()).sum() > 1
 
 
+@pytest.mark.parametrize("variant", built_variants())
+def test_top_p_of_scores_that_are_so_large_that_half_a_nat_is_lost(variant: str) -> None:
+    """As at the lowest temperature that is none of 0."""
+    scores = torch.full((5, 40), 60.0)
+    scores[:, 3] = 84.0742035
+    scores[:, 7:14] = torch.nextafter(scores[0, 3], torch.tensor(0.0))
+    shares = [0.1, 0.3, 0.5, 0.6, 0.9]
+    rows = [parameters(temperature=1e-5, top_p=p) for p in shares]
+    expected = TorchSelection().warp(scores, rows)
+    assert ((expected > REMOVED).sum(-1) > 1).any()
+    assert torch.equal(NativeSelection(NativeContext(2, variant)).warp(scores, rows), expected)
+    wide = 2.0**24 + torch.arange(40).repeat(5, 1) * 2.0
+    rows = [parameters(top_p=p, top_k=k) for p, k in zip(shares, (0, 1, 2, 3, 40), strict=True)]
+    assert torch.equal(NativeSelection(NativeContext(2, variant)).warp(wide, rows), TorchSelection().warp(wide, rows))
+
+
+def test_parameters_beyond_what_a_request_may_ask_for() -> None:
+    """As the defaults of a model are."""
+    scores = spread_scores(50)
+    for changes in ({"top_k": 2**32 + 1}, {"min_p": 1.5}):
+        rows = [parameters(**changes)] * 5
+        assert torch.equal(NativeSelection(NativeContext(1)).warp(scores, rows), TorchSelection().warp(scores, rows))
+
+
 def test_of_equal_scores_top_p_removes_the_first() -> None:
     selection = NativeSelection(NativeContext(1))
     scores = torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 2.0, 2.0, 1.0], [5.0, 5.0, 5.0, 5.0]])
@@ -110,8 +166,9 @@ def test_of_equal_scores_top_p_removes_the_first() -> None:
 
 
 @pytest.mark.parametrize("odd", [float("nan"), float("inf")])
-@pytest.mark.parametrize("selection", [NativeSelection(NativeContext(1)), TorchSelection()], ids=["native", "torch"])
-def test_rows_without_a_sum_stay_as_they_are(odd: float, selection: Selection) -> None:
+@pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
+def test_rows_without_a_sum_stay_as_they_are(odd: float, native: bool) -> None:
+    selection: Selection = NativeSelection(NativeContext(1)) if native else TorchSelection()
     scores = torch.zeros(3, 40)
     scores[0, 3] = odd
     scores[1] = REMOVED

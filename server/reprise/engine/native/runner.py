@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from array import array
 
-import torch
 from torch import Tensor
 
 from reprise.engine.native.decoder import BLOCK, NativeDecoder
 from reprise.engine.native.library import Step
+from reprise.engine.native.row_buffer import RowBuffer
 from reprise.engine.scheduler import Batch
 from reprise.engine.sequence import Sequence
-
-MAX_KEPT_ROWS = 256
-"""Of logits, from step to step: more, as when a prompt is scored, are allocated for their step."""
 
 
 class NativeRunner:
@@ -23,7 +20,7 @@ class NativeRunner:
         assert block_size % BLOCK == 0
         self._decoder = decoder
         self._block_size = block_size
-        self._logits = self._rows = torch.empty((0, decoder.vocab_size))
+        self._logits = RowBuffer(decoder.vocab_size)
 
     def run(self, batch: Batch) -> Tensor:
         """Logits [R, vocab] float32, valid until the next call."""
@@ -37,7 +34,7 @@ class NativeRunner:
             token_ids.extend(scheduled.token_ids)
             block_ids.extend(blocks)
             num_logit_rows += needed
-        logits = self._rows_for(num_logit_rows)
+        logits = self._logits.rows(num_logit_rows)  # made before the step, which drives torch out of the caches
         self._decoder.forward(
             Step(
                 num_spans=len(batch),
@@ -49,17 +46,6 @@ class NativeRunner:
             )
         )
         return logits
-
-    def _rows_for(self, count: int) -> Tensor:
-        """[count, vocab]. Made before the step, which drives torch out of the caches, and mostly there already."""
-        if count == self._rows.shape[0]:
-            return self._rows
-        if count > MAX_KEPT_ROWS:
-            return torch.empty((count, self._decoder.vocab_size))
-        if count > self._logits.shape[0]:
-            self._logits = torch.empty((count, self._decoder.vocab_size))
-        self._rows = self._logits[:count]
-        return self._rows
 
     def forget(self, sequence: Sequence) -> None:
         """Nothing to drop: the block pool has it all."""

@@ -21,7 +21,7 @@ struct Warp {
 namespace {
 
 constexpr long SEGMENT = 16384;      // token ids that one task looks at
-constexpr double HALF_A_STEP = 0x1p-54;  // the least that `uniform` leaves of one
+constexpr float LEAST = 0x1p-55f;    // less than `uniform` leaves of one, but for the draw in 2^53 that it rounds to one
 constexpr double MARGIN = 1e-7;      // far above the error of `logarithm`, so that the winner is among those recomputed
 
 typedef Vector<double, 8>::type doubles;
@@ -115,13 +115,14 @@ Best draw(const float* x, long first, long count, uint64_t key) {
     if (!any(v > splat(-__builtin_inff()))) continue;
     bool has_best = most > -__builtin_inf();
     floats most_left = exponential(v - lowered);
-    if (has_best && !any(most_left >= splat((float)HALF_A_STEP))) continue;
+    if (has_best && !any(~(most_left < splat(LEAST)))) continue;
     float limits[LANES];
     store(limits, most_left);
     for (int half = 0; half < LANES; half += 8) {
       longs drawn = bits_as<longs>(mixed(words + half * GOLDEN) >> 11);
-      doubles left_of_one = (numbers_as<doubles>((int64_t)(1ull << 53) - drawn) - 0.5) * 0x1p-53;
-      if (has_best && !any(left_of_one <= Widened<doubles>::from(limits + half))) continue;
+      // Half a step more for what `uniform` rounds up.
+      doubles left_of_one = (numbers_as<doubles>((int64_t)(1ull << 53) - drawn) - 1.0) * 0x1p-53;
+      if (has_best && !any(~(Widened<doubles>::from(limits + half) < left_of_one))) continue;
       doubles u = (numbers_as<doubles>(drawn) + 0.5) * 0x1p-53;
       double values[8];
       store(values, Widened<doubles>::from(x + i + half) - logarithm(-logarithm(u)));
@@ -195,9 +196,9 @@ inline floats lanes_from(const float* x, long first, long size) {
   return load<floats>(lanes);
 }
 
-// Which bucket scores are in: 0 holds the highest.
-inline ints bucket_of(floats v, float highest) {
-  floats steps = (splat(highest) - v) * splat((float)BUCKETS_PER_NAT);
+// Which bucket scores are in that are so far below the highest: 0 holds it.
+inline ints bucket_of(floats below) {
+  floats steps = below * splat((float)BUCKETS_PER_NAT);
   return numbers_as<ints>(select(steps < splat((float)(NUM_BUCKETS - 1)), steps, splat((float)(NUM_BUCKETS - 1))));
 }
 
@@ -214,7 +215,7 @@ struct Candidate {
 
 // What one thread works in; made beforehand, since no exception may leave a thread.
 struct Sorting {
-  explicit Sorting(long size) : masses(NUM_BUCKETS) { candidates.reserve(size); }
+  explicit Sorting(long size) : masses(size ? NUM_BUCKETS : 0) { candidates.reserve(size); }
   std::vector<double> masses;  // of the buckets
   std::vector<Candidate> candidates;
 };
@@ -226,21 +227,22 @@ struct Row {
   float highest;
   Sorting& work;
 
-  floats weights(floats v) const { return exponential(v - splat(highest)); }
+  // All comparisons are of this distance, which large scores round.
+  floats below(floats v) const { return splat(highest) - v; }
+  floats weights(floats v) const { return exponential(-below(v)); }
 
   // Calls f(token, score, weight, bucket) for all scores that are `reach` below the highest at most.
   template <class F> void visit(float reach, const F& f) const {
-    const floats lowest = splat(highest - reach);
     float values[LANES], of_each[LANES];
     int32_t buckets[LANES];
     for (long i = 0; i < size; i += LANES) {
       floats v = lanes_from(scores, i, size);
-      unsigned near = bits_of(v >= lowest);
+      unsigned near = bits_of(below(v) <= splat(reach));
       if (size - i < LANES) near &= (1u << (size - i)) - 1;
       if (!near) continue;
       store(values, v);
       store(of_each, weights(v));
-      store(buckets, bucket_of(v, highest));
+      store(buckets, bucket_of(below(v)));
       for (; near; near &= near - 1) {
         int lane = __builtin_ctz(near);
         f(i + lane, values[lane], of_each[lane], buckets[lane]);
@@ -266,13 +268,15 @@ struct Row {
   void keep_top_k(long k) const {
     if (k >= size) return;
     ints within[NUM_REACHES] = {};
-    for (long i = 0; i < size; i += LANES)
-      for (int r = 0; r < NUM_REACHES; r++) within[r] = within[r] - (lanes_from(scores, i, size) >= splat(highest - REACHES[r]));
+    for (long i = 0; i < size; i += LANES) {
+      floats distance = below(lanes_from(scores, i, size));
+      for (int r = 0; r + 1 < NUM_REACHES; r++) within[r] = within[r] - (distance <= splat(REACHES[r]));
+    }
     int r = 0;
     while (r + 1 < NUM_REACHES && sum(within[r]) < k) r++;
     auto& candidates = work.candidates;
     candidates.clear();
-    visit(REACHES[r], [&](long token, float score, float weight, int) { candidates.push_back({score, weight, token}); });
+    visit(REACHES[r], [&](long token, float score, float, int) { candidates.push_back({score, 0, token}); });
     auto last = candidates.end() - k;
     std::nth_element(candidates.begin(), last, candidates.end());
     const floats threshold = splat(last->score);
@@ -286,40 +290,39 @@ struct Row {
     auto& [masses, candidates] = work;
     floats all{}, beyond[NUM_REACHES] = {};
     for (long i = 0; i < size; i += LANES) {
-      floats v = lanes_from(scores, i, size), weight = weights(v);
+      floats distance = below(lanes_from(scores, i, size)), weight = exponential(-distance);
       all = all + weight;
-      for (int r = 0; r + 1 < NUM_REACHES; r++) beyond[r] = beyond[r] + select(v < splat(highest - REACHES[r]), weight, floats{});
+      for (int r = 0; r + 1 < NUM_REACHES; r++) beyond[r] = beyond[r] + select(distance <= splat(REACHES[r]), floats{}, weight);
     }
     int r = 0;
     while (sum(beyond[r]) > (1 - p) * sum(all)) r++;
     const float reach = REACHES[r];
-    const int num_buckets = reach < EVERYTHING ? (int)(reach * BUCKETS_PER_NAT) + 2 : NUM_BUCKETS;
+    const int num_buckets = reach < EVERYTHING ? (int)(reach * BUCKETS_PER_NAT) + 1 : NUM_BUCKETS;
     std::fill(masses.begin(), masses.begin() + num_buckets, 0.0);
     visit(reach, [&](long, float, float weight, int bucket) { masses[bucket] += weight; });
-    double below = sum(beyond[r]), total = below;
+    double left_out = sum(beyond[r]), total = left_out;
     for (int bucket = num_buckets - 1; bucket >= 0; bucket--) total += masses[bucket];
     const double limit = (double)(1.0f - p) * total;
     int border = num_buckets - 1;
-    for (; border > 0 && below + masses[border] <= limit; border--) below += masses[border];
+    for (; border > 0 && left_out + masses[border] <= limit; border--) left_out += masses[border];
     candidates.clear();
     visit(reach, [&](long token, float score, float weight, int bucket) {
       if (bucket == border) candidates.push_back({score, weight, token});
       if (bucket > border) scores[token] = -__builtin_inff();
     });
-    const floats lowest = splat(highest - reach);
-    remove([&](floats v) { return v < lowest; });
+    remove([&](floats v) { return below(v) > splat(reach); });
     std::sort(candidates.begin(), candidates.end());
     long num_others = border ? (long)candidates.size() : (long)candidates.size() - 1;
     for (long c = 0; c < num_others; c++) {
-      below += candidates[c].weight;
-      if (below > limit) break;
+      left_out += candidates[c].weight;
+      if (left_out > limit) break;
       scores[candidates[c].token] = -__builtin_inff();
     }
   }
 
   // All that have less than `ratio` of the probability of the highest.
   void keep_min_p(float ratio) const {
-    const floats least = splat(ratio);
+    const floats least = splat(ratio < 1 ? ratio : 1);
     remove([&](floats v) { return weights(v) < least; });
   }
 };
@@ -368,7 +371,10 @@ int reprise_choose(Context* context, const float* scores, int64_t num_rows, int6
 // kept[num_rows][size]: scores as rows[row] has it.
 int reprise_warp(Context* context, const float* scores, int64_t num_rows, int64_t size, const Warp* rows, float* kept) {
   return guarded([&] {
-    std::vector<Sorting> work(context->pool.size(), Sorting(size));
+    bool sorts = std::any_of(rows, rows + num_rows, [](const Warp& row) { return row.top_k > 0 || row.top_p < 1; });
+    std::vector<Sorting> work;  // not filled with copies, which would have reserved nothing
+    work.reserve(context->pool.size());
+    for (int thread = 0; thread < context->pool.size(); thread++) work.emplace_back(sorts ? size : 0);
     context->pool.run(num_rows, [&](long row, int thread) {
       warp(scores + row * size, size, rows[row], kept + row * size, work[thread]);
     });

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from reprise.engine.native.library import NativeContext, Warp, check_outcome
+from reprise.engine.native.row_buffer import RowBuffer
 from reprise.engine.selection import Choice, Choices, typical_p
 from reprise.types import SamplingParams
 
@@ -20,7 +21,7 @@ class _ChoicesAtHand:
 
     def __init__(self, columns: array[int]) -> None:
         num_rows = len(columns) // 3
-        self._columns = [columns[first : first + num_rows] for first in range(0, len(columns), num_rows)]
+        self._columns = [columns[column * num_rows : (column + 1) * num_rows] for column in range(3)]
 
     @property
     def token_ids(self) -> Tensor:
@@ -35,7 +36,8 @@ class NativeSelection:
 
     def __init__(self, context: NativeContext) -> None:
         self._context = context
-        self._warped = torch.empty((0, 0))
+        self._warped: dict[int, RowBuffer] = {}
+        """By vocabulary: a draft model may have another."""
 
     def choose(self, scores: Tensor, keys: Sequence[int | None]) -> Choices:
         scores = scores.contiguous()
@@ -52,19 +54,21 @@ class NativeSelection:
         return _ChoicesAtHand(columns)
 
     def warp(self, scores: Tensor, parameters: Sequence[SamplingParams | None]) -> Tensor:
+        """As torch's, but for rounding in the probabilities that `top_p` sums up and `min_p` compares."""
         scores = scores.contiguous()
         num_rows, size = scores.shape
         rows = (Warp * num_rows)(
             *(
-                Warp(1.0, 0, 1.0, 0.0) if p is None else Warp(p.temperature, p.top_k, p.top_p, p.min_p)
+                Warp(1.0, 0, 1.0, 0.0) if p is None else Warp(p.temperature, min(p.top_k, size), p.top_p, p.min_p)
                 for p in parameters
             )
         )
-        if self._warped.shape != scores.shape:
-            self._warped = torch.empty_like(scores)
+        if size not in self._warped:
+            self._warped[size] = RowBuffer(size)
+        warped = self._warped[size].rows(num_rows)
         check_outcome(
             self._context.library.reprise_warp(
-                self._context.handle, scores.data_ptr(), num_rows, size, rows, self._warped.data_ptr()
+                self._context.handle, scores.data_ptr(), num_rows, size, rows, warped.data_ptr()
             )
         )
-        return typical_p(self._warped, parameters)
+        return typical_p(warped, parameters)
