@@ -101,7 +101,8 @@ async def measure(target: Target, cell: Cell, *, seconds: float) -> dict[str, An
 def summarise(cell: Cell, answers: Sequence[Answer], *, client_cpu_share: float) -> dict[str, Any]:
     """The cell's figure, and whether every answer had the tokens that were asked for, by the server's own count.
 
-    `decode_tokens_per_second` is of one answer, from its first text to its end: the prompt is not in it.
+    `decode_tokens_per_second` is of one answer, from its first text, taken for one token, to its end: the prompt is
+    not in it.
     """
     errors = [answer.error for answer in answers if answer.error is not None]
     good = [answer for answer in answers if answer.error is None]
