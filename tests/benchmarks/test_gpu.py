@@ -56,7 +56,7 @@ def test_a_wrong_decoder_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its gate is turned off: a rotation of nothing gives other answers."""
     monkeypatch.setattr(decoder, "_rotated", lambda heads, *_: heads)
     monkeypatch.setattr("reprise.engine.execution.cuda_layers_gate", lambda *_: "")
-    monkeypatch.setattr("reprise.engine.gate.NativeGate.difference", lambda *_: "")
+    monkeypatch.setattr("reprise.engine.decoder_gate.NativeGate.difference", lambda *_: "")
     for dtype in gpu.DTYPES:
         found = gpu.check_model("llama", dtype, "cpu", 5)
         assert not found["right"]

@@ -17,16 +17,8 @@ from reprise.engine.cuda.decoder import CudaDecoder, FusedWeights
 from reprise.engine.cuda.decoder import unsupported as unsupported_on_cuda
 from reprise.engine.cuda.products import choose_products, keep_to_one_order, without_order
 from reprise.engine.cuda.runner import CudaRunner
-from reprise.engine.gate import (
-    GateResult,
-    NativeGate,
-    alone_gate,
-    cuda_layers_gate,
-    equal_over,
-    native_layers_gate,
-    padding_gate,
-    paged_gate,
-)
+from reprise.engine.decoder_gate import NativeGate, cuda_layers_gate, native_layers_gate
+from reprise.engine.gate import GateResult, alone_gate, equal_over, padding_gate, paged_gate
 from reprise.engine.kv_cache import KVCache, LayerShape
 from reprise.engine.memory import kv_budget
 from reprise.engine.model_runner import ModelRunner, PagedRunner

@@ -18,7 +18,7 @@ from reprise.engine.cuda.attention import plain_attention
 from reprise.engine.cuda.decoder import CudaDecoder, FusedWeights, unsupported
 from reprise.engine.cuda.products import Products, row_buckets, tiled
 from reprise.engine.cuda.runner import STEPS_NOT_BEGUN, CudaRunner
-from reprise.engine.gate import NativeGate, cuda_layers_gate
+from reprise.engine.decoder_gate import NativeGate, cuda_layers_gate
 from reprise.engine.scheduler import ScheduledSequence
 from reprise.engine.sequence import Sequence, SequenceStatus
 from reprise.ipc.messages import Add

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from reprise.engine.gate import NativeGate, native_layers_gate
+from reprise.engine.decoder_gate import NativeGate, native_layers_gate
 from reprise.engine.native.decoder import BLOCK, NativeDecoder
 from reprise.engine.native.library import NativeContext
 from reprise.engine.native.runner import NativeRunner
