@@ -103,7 +103,18 @@ def test_lint_checks_style_format_and_types(checkout: Path) -> None:
 
 
 BENCHMARKS = (
-    *("floors", "use_cache", "load", "steps", "quantization", "speculation", "scaling", "overhead", "startup"),
+    *(
+        "floors",
+        "use_cache",
+        "load",
+        "steps",
+        "quantization",
+        "sampling",
+        "speculation",
+        "scaling",
+        "overhead",
+        "startup",
+    ),
     "gpu",
 )
 
