@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.report import print_report
-from reprise.engine.native.library import NativeContext
+from reprise.engine.native.library import NativeContext, built_variants
 from reprise.engine.native.selection import NativeSelection
 from reprise.engine.sampler import Sampler
 from reprise.engine.sequence import Sequence
@@ -70,6 +70,9 @@ def main(arguments: Ordered[str]) -> int:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 64], help="sequences in a step (default: 1 64)")
     parser.add_argument("--repeats", type=int, default=10, help="default: 10")
     options = parser.parse_args(arguments)
+    if not built_variants():
+        print("the native library was not built for this CPU: there is nothing to compare with")
+        return 0
     table = [["vocabulary", "rows", "parameters", "native ms", "torch ms", "torch / native", "agree"]]
     results = []
     for vocab_size in options.vocab:

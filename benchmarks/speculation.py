@@ -40,6 +40,8 @@ KV_CACHE_BYTES = 1 << 28
 SPECULATE = {"none": "none", "ngram": "ngram", "predicted": "none", "mistaken": "none", "draft": "draft"}
 """Ways, and the setting `speculate` of each."""
 FIRST_ID = 20
+PAIR_SHAPES = [name for name, sizes in SHAPES.items() if sizes["model_type"] in ("llama", "qwen3")]
+"""Whose layers `write_pair` knows."""
 
 
 class Way:
@@ -117,7 +119,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--pairs", type=float, nargs="*", default=[0.0, 0.01, 0.02, 0.05], help="(default: 0 0.01 0.02 0.05)"
     )
-    parser.add_argument("--pair-shape", choices=[*SHAPES], default="smollm2-135m", help="(default: smollm2-135m)")
+    parser.add_argument("--pair-shape", choices=PAIR_SHAPES, default="smollm2-135m", help="(default: smollm2-135m)")
     parser.add_argument("--draft-layers", type=int, default=4, help="of a pair's draft model (default: 4)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--prompts", type=int, default=3, help="(default: 3)")

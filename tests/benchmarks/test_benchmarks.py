@@ -120,6 +120,14 @@ def test_sampling_compares_native_with_torch(capsys: pytest.CaptureFixture[str])
     assert all(entry["agreement"] == 1.0 and entry["native_ms"] > 0 for entry in result["results"])
 
 
+def test_sampling_without_the_native_library_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sampling, "built_variants", list)
+    assert sampling.main([]) == 0
+    assert "was not built" in capsys.readouterr().out
+
+
 def test_sampling_does_not_time_wrong_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = itertools.count()
     monkeypatch.setattr("reprise.engine.sampler.draw_key", lambda *words: draw_key(*words) + next(calls))

@@ -119,7 +119,7 @@ class Sampler:
         ahead: list[int] | None = None,
         when_drawn: Callable[[Tensor], None] | None = None,
     ) -> list[Sampled]:
-        """One token for each row of `logits` [B, vocab]; the ids and log-probabilities reach the host once.
+        """One token for each row of `logits` [B, vocab]. All that reaches the host is waited for together.
 
         `ahead`: of each row, how many tokens lie between the sequence's last one and the row's: none by default, else
         the sequence is not constrained. `when_drawn` is given the tokens [B] int64 while they are on their way.

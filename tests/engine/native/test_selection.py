@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -143,6 +145,22 @@ def test_top_p_of_scores_that_are_so_large_that_half_a_nat_is_lost(variant: str)
     wide = 2.0**24 + torch.arange(40).repeat(5, 1) * 2.0
     rows = [parameters(top_p=p, top_k=k) for p, k in zip(shares, (0, 1, 2, 3, 40), strict=True)]
     assert torch.equal(NativeSelection(NativeContext(2, variant)).warp(wide, rows), TorchSelection().warp(wide, rows))
+
+
+def test_no_memory_to_sort_in_is_an_error_and_passes() -> None:
+    """Of the caller: what is thrown in a thread of the library would end the process."""
+    scores = torch.zeros(2, 1 << 22)
+    native = NativeSelection(NativeContext(2))
+    native.warp(scores, [parameters(temperature=0.5)] * 2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 24), hard))
+    try:
+        with pytest.raises(MemoryError):
+            native.warp(scores, [parameters(top_p=0.5)] * 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert ((native.warp(scores, [parameters(top_p=0.5)] * 2) > REMOVED).sum(-1) == 1 << 21).all()
 
 
 def test_parameters_beyond_what_a_request_may_ask_for() -> None:
