@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -11,13 +12,17 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 READY_TIMEOUT = 300.0
 STOP_TIMEOUT = 60.0
+PORTS = range(20000, 30000)
+"""Below those that systems give to clients."""
+
+_claims: list[socket.socket] = []
 
 
 @dataclass
@@ -64,12 +69,24 @@ class LocalServer:
             return False
 
 
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+def free_port(ports: Sequence[int] = PORTS) -> int:
+    """A port that nobody listens on, and that no other call here or in another process is given while this one lives.
+
+    A server listens seconds after it was given its port: until then the system would give the same one to others, and
+    whoever asks there would be answered by them. Raises RuntimeError where none of these ports is free.
+    """
+    for port in random.sample(ports, len(ports)):
+        # The ports of UDP stand beside those of TCP, and a socket that holds one ends with its process.
+        claim = socket.socket(type=socket.SOCK_DGRAM)
+        try:
+            claim.bind(("127.0.0.1", port))
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            claim.close()
+        else:
+            _claims.append(claim)
+            return port
+    raise RuntimeError(f"no port of {ports[0]} to {ports[-1]} is free")
 
 
 def start_server(

@@ -48,7 +48,9 @@ def api(apis: dict[str, LiveApi], name: str) -> LiveApi:
 
 
 def test_models_tell_how_they_run(api: LiveApi, name: str) -> None:
-    model = api.get(f"/v1/models/{name}").json()
+    response = api.get(f"/v1/models/{name}")
+    assert response.status_code == 200, response.text
+    model = response.json()
     dtype = MODELS[name][1]
     assert (model["tier"], model["dtype"]) == (TIERS[name], dtype)
     assert model["tier_reason"]
