@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from reprise.engine.alone_runner import AloneRunner
@@ -19,8 +19,8 @@ from reprise.engine.cuda.products import choose_products, keep_to_one_order, wit
 from reprise.engine.cuda.runner import CudaRunner
 from reprise.engine.decoder_gate import NativeGate, cuda_layers_gate, native_layers_gate
 from reprise.engine.gate import GateResult, alone_gate, equal_over, padding_gate, paged_gate
-from reprise.engine.kv_cache import KVCache, LayerShape
-from reprise.engine.memory import kv_budget
+from reprise.engine.kv_cache import KVCache
+from reprise.engine.kv_pool import Pool, padded_bytes_per_token, paged_bytes_per_token, size_pool
 from reprise.engine.model_runner import ModelRunner, PagedRunner
 from reprise.engine.native.decoder import BLOCK, NativeDecoder, unsupported
 from reprise.engine.native.library import NativeContext, built_variants
@@ -42,7 +42,6 @@ from reprise.engine.selection import Selection, TorchSelection
 from reprise.errors import ModelLoadError
 from reprise.ipc.messages import EngineConfig, Tier
 
-PADDED_BYTES_PER_TOKEN_FALLBACK = 4096
 MAX_DRAFT_ROWS = 8
 """Of a step: as many as cost hardly more than one, since they are computed while the weights are read."""
 ALONE_STEP_TOKENS = 128
@@ -54,19 +53,6 @@ logger = logging.getLogger(__name__)
 
 class NativeMismatchError(Exception):
     """The native decoder has taken a model's weights and does not give its logits."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pool:
-    """The KV pool's size."""
-
-    num_blocks: int
-    block_size: int
-    bytes_per_token: int
-
-    @property
-    def num_tokens(self) -> int:
-        return self.num_blocks * self.block_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,37 +330,6 @@ def checked(config: EngineConfig, execution: Execution) -> Repeatability:
             f"--deterministic was asked for, but on this device {found.reason}: leave --deterministic out{other}"
         )
     return found
-
-
-def size_pool(
-    config: EngineConfig, bytes_per_token: int, max_model_len: int, device: torch.device, block_size: int | None = None
-) -> Pool:
-    """What the memory budget holds, and no more than all sequences can use at their longest."""
-    block_size = block_size or config.block_size
-    budget = config.kv_cache_memory
-    if budget is None:
-        budget = kv_budget(device, config.gpu_memory_utilization)
-    useful = config.max_num_seqs * (-(-max_model_len // block_size)) * block_size
-    tokens = min(budget // bytes_per_token, useful)
-    smallest = max(block_size, min(max_model_len, 2 * block_size))
-    if tokens < smallest:
-        raise ModelLoadError(
-            f"a KV pool of {budget} bytes holds {tokens} tokens at {bytes_per_token} bytes a token, fewer than the"
-            f" {smallest} it takes to serve: raise --kv-cache-memory"
-        )
-    return Pool(tokens // block_size, block_size, bytes_per_token)
-
-
-def paged_bytes_per_token(shapes: dict[nn.Module, LayerShape]) -> int:
-    """All layers together."""
-    return sum(shape.bytes_per_token for shape in shapes.values())
-
-
-def padded_bytes_per_token(model: PreTrainedModel) -> int:
-    """An estimate for models whose cache transformers keeps: two vectors of the hidden size in every layer."""
-    text = model.config.get_text_config()
-    layers, hidden = getattr(text, "num_hidden_layers", 0), getattr(text, "hidden_size", 0)
-    return 2 * layers * hidden * model.dtype.itemsize or PADDED_BYTES_PER_TOKEN_FALLBACK
 
 
 def paged_limits(config: EngineConfig) -> SchedulingLimits:
