@@ -155,14 +155,20 @@ def test_preempted_and_recomputed(served: Served) -> None:
 
 
 def test_killed_meanwhile_and_after(served: Served) -> None:
+    """It stands still until all have come: else a fast engine has answered the first before the last are sent."""
     (engine,) = engine_pids(served.api.server)
-    before = served.api.metrics()["engine_restarts_total"]
+    metrics = served.api.metrics()
+    before, recovered = metrics["engine_restarts_total"], metrics["choices_recovered_total"]
+    num_choices = sum(len(json.loads(answer)["choices"]) for answer in served.expected)
+    os.kill(engine, signal.SIGSTOP)
     with InFlight(served.client, requests()) as streams:
-        streams.wait(lambda: sum(folded.num_tokens > 0 for folded in streams.folded) >= 25)
-        os.kill(engine, signal.SIGKILL)
-        assert streams.num_running > 25
+        served.api.wait_until(lambda metrics: metrics["num_requests_waiting"] == num_choices)
+        os.kill(engine, signal.SIGCONT)
+        streams.wait(lambda: streams.num_tokens > 0, lambda: os.kill(engine, signal.SIGKILL))
         assert_same(streams.answers(), served.expected)
-    assert served.api.metrics()["engine_restarts_total"] == before + 1
+    metrics = served.api.metrics()
+    assert metrics["engine_restarts_total"] == before + 1
+    assert metrics["choices_recovered_total"] > recovered + num_choices // 2
     assert engine_pids(served.api.server) != [engine]
     assert_same(all_at_once(served.client, requests()), served.expected)
 
@@ -205,8 +211,7 @@ def test_with_predictions(served: Served) -> None:
     assert_same(all_at_once(served.client, streamed), found)
     (engine,) = engine_pids(served.api.server)
     with InFlight(served.client, calls) as streams:
-        streams.wait(lambda: streams.num_tokens > 0)
-        os.kill(engine, signal.SIGKILL)
+        streams.wait(lambda: streams.num_tokens > 0, lambda: os.kill(engine, signal.SIGKILL))
         assert_same(streams.answers(), found)
 
 

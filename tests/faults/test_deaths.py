@@ -49,9 +49,12 @@ def expected(watched: Watched) -> list[bytes]:
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 5, 8, 13, 21, 34])
 def test_f01_killed_after_so_many_tokens(watched: Watched, expected: list[bytes], num_tokens: int) -> None:
     deaths, recovered = watched.count("engine_restarts"), watched.count("choices_recovered")
+    engine = watched.engine
     with InFlight(watched.client, CALLS) as streams:
-        streams.wait(lambda: max(folded.num_tokens for folded in streams.folded) >= num_tokens)
-        os.kill(watched.engine, signal.SIGKILL)
+        streams.wait(
+            lambda: max(folded.num_tokens for folded in streams.folded) >= num_tokens,
+            lambda: os.kill(engine, signal.SIGKILL),
+        )
         readiness = watched.readiness_in_recovery()
         assert_same(streams.answers(), expected)
     assert readiness["status"] == "recovering"
@@ -87,9 +90,10 @@ def kill_every_child(watched: Watched, num_deaths: int) -> None:
 def test_f03_killed_again_while_recovering(start_faulty: Start) -> None:
     watched = start_faulty()
     expected = all_at_once(watched.client, CALLS)
+    killing = threading.Thread(target=kill_every_child, args=(watched, 3))
     with InFlight(watched.client, CALLS) as streams:
-        streams.wait(lambda: streams.num_tokens >= 5 * NUM_STREAMS)
-        kill_every_child(watched, 3)
+        streams.wait(lambda: streams.num_tokens >= 5 * NUM_STREAMS, killing.start)
+        killing.join()
         assert_same(streams.answers(), expected)
     assert watched.count("engine_restarts") == 3
     watched.assert_clean()
@@ -97,10 +101,9 @@ def test_f03_killed_again_while_recovering(start_faulty: Start) -> None:
 
 def test_f03_given_up_when_no_life_gets_anything_done(start_faulty: Start) -> None:
     watched = start_faulty(SLOW)
+    killing = threading.Thread(target=kill_every_child, args=(watched, 100))
     with InFlight(watched.client, CALLS) as streams:
-        streams.wait(lambda: streams.num_tokens >= NUM_STREAMS)
-        killing = threading.Thread(target=kill_every_child, args=(watched, 100))
-        killing.start()
+        streams.wait(lambda: streams.num_tokens >= NUM_STREAMS, killing.start)
         refused = refusals(watched)
         ended = streams.ends()
         killing.join()

@@ -21,10 +21,9 @@ def test_f04_stopped_for_two_seconds(start_faulty: Start) -> None:
     """Nothing but latency."""
     watched = start_faulty()
     expected = all_at_once(watched.client, CALLS)
+    engine = watched.engine
     with InFlight(watched.client, CALLS) as streams:
-        streams.wait(lambda: streams.num_tokens > 60)
-        engine = watched.engine
-        os.kill(engine, signal.SIGSTOP)
+        streams.wait(lambda: streams.num_tokens > 60, lambda: os.kill(engine, signal.SIGSTOP))
         time.sleep(2)
         assert process_state(engine) == "T"
         assert streams.num_running >= 6
@@ -40,10 +39,9 @@ def test_f04_stopped_for_ever(start_faulty: Start) -> None:
     """The heartbeat is missed, the stacks are told, the process is killed, the streams go on."""
     watched = start_faulty(flags=("--heartbeat-timeout", "1.5"))
     expected = all_at_once(watched.client, CALLS)
+    engine = watched.engine
     with InFlight(watched.client, CALLS) as streams:
-        streams.wait(lambda: streams.num_tokens > 60)
-        engine = watched.engine
-        os.kill(engine, signal.SIGSTOP)
+        streams.wait(lambda: streams.num_tokens > 60, lambda: os.kill(engine, signal.SIGSTOP))
         stopped = time.monotonic()
         assert watched.readiness_in_recovery()["status"] in ("recovering", "stalled")
         assert 1.0 < time.monotonic() - stopped < 15.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -162,21 +162,18 @@ class LiveApi:
             if not sample.labels
         }
 
-    def wait_idle(self, seconds: float = 5.0) -> None:
-        """Wait until nothing runs or waits and no KV block is held. Fails where that takes longer."""
-        names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+    def wait_until(self, condition: Callable[[dict[str, float]], bool], seconds: float = 10.0) -> None:
+        """Wait until the metrics are so."""
         deadline = time.monotonic() + seconds
-        while True:
-            metrics = self.metrics()
-            gauges = {name: metrics[name] for name in names}
-            if not any(gauges.values()):
-                return
-            assert time.monotonic() < deadline, gauges
-            time.sleep(0.02)
-
-    def wait_running(self, num_sequences: int, seconds: float = 10.0) -> None:
-        """Wait until so many sequences run."""
-        deadline = time.monotonic() + seconds
-        while self.metrics()["num_requests_running"] < num_sequences:
-            assert time.monotonic() < deadline
+        while not condition(metrics := self.metrics()):
+            assert time.monotonic() < deadline, metrics
             time.sleep(0.01)
+
+    def wait_idle(self) -> None:
+        """Wait until nothing runs or waits and no KV block is held."""
+        names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+        self.wait_until(lambda metrics: not any(metrics[name] for name in names))
+
+    def wait_running(self, num_sequences: int) -> None:
+        """Wait until so many sequences run."""
+        self.wait_until(lambda metrics: metrics["num_requests_running"] >= num_sequences)

@@ -176,6 +176,7 @@ class Folded:
     times: list[float] = field(default_factory=list)
     """Of the chunks that had a choice."""
     num_ends: int = 0
+    on_event: Callable[[], None] = lambda: None
 
     def read(self, lines: Iterable[str]) -> None:
         """Take in server-sent events: data, ids and comments, and nothing else."""
@@ -185,6 +186,7 @@ class Folded:
                 self._check_id(value)
             elif name == "data":
                 self._data(value)
+                self.on_event()
             else:
                 assert not line or line.startswith(":"), line
 
@@ -285,11 +287,20 @@ def read_stream(client: httpx.Client, call: Call, into: Folded | None = None) ->
     return folded
 
 
+@dataclass(frozen=True)
+class _Awaited:
+    condition: Callable[[], bool]
+    then: Callable[[], None]
+    met: threading.Event = field(default_factory=threading.Event)
+
+
 class InFlight:
     """Requests that are streamed, each read by a thread of its own, while the block lasts. It ends when they do."""
 
     def __init__(self, client: httpx.Client, calls: Sequence[Call]) -> None:
-        self.folded = [Folded() for _ in calls]
+        self._lock = threading.Lock()
+        self._awaited: _Awaited | None = None
+        self.folded = [Folded(on_event=self._look) for _ in calls]
         self._pool = ThreadPoolExecutor(len(calls))
         arguments = zip(calls, self.folded, strict=True)
         self._streams = [self._pool.submit(read_stream, client, call, folded) for call, folded in arguments]
@@ -313,13 +324,29 @@ class InFlight:
     def longest_gap(self) -> float:
         return max(folded.longest_gap for folded in self.folded)
 
-    def wait(self, condition: Callable[[], bool], seconds: float = 30.0) -> None:
-        """Wait until it holds. Fails where all streams end before."""
+    def wait(
+        self, condition: Callable[[], bool], then: Callable[[], None] = lambda: None, seconds: float = 30.0
+    ) -> None:
+        """Wait until it holds. Fails where all streams end before.
+
+        `then` is done by the reader who finds it so, at once: whoever waits may get a turn when the readers, who are
+        many, have read all that there was.
+        """
         deadline = time.monotonic() + seconds
-        while not condition():
+        awaited = _Awaited(condition, then)
+        self._awaited = awaited
+        self._look()
+        while not awaited.met.wait(0.01):
             assert self.num_running, "the streams ended too early"
             assert time.monotonic() < deadline
-            time.sleep(0.001)
+
+    def _look(self) -> None:
+        with self._lock:
+            awaited = self._awaited
+            if awaited is not None and awaited.condition():
+                self._awaited = None
+                awaited.then()
+                awaited.met.set()
 
     def ends(self) -> list[Folded]:
         """The streams, when all have ended, well or with an error."""
