@@ -513,12 +513,13 @@ template <class T> struct Runner {
       for (long i = 0; i < dim; i += LANES) store(w.acc + r * dim + i, load<floats>(w.acc + r * dim + i) * correction);
       w.highest[r] = highest;
     }
-    floats base = splat(highest * d.scale);
+    floats base = splat(highest * d.scale), total = w.totals[r];
     for (long b = 0; b < num_blocks; b++) {
       floats e = exponential(load<floats>(scores + b * BLOCK) * splat(d.scale) - base);
-      w.totals[r] = w.totals[r] + e;
+      total = total + e;
       T::put(w.weights + r * CHUNK + b * BLOCK, e);
     }
+    w.totals[r] = total;
   }
 
   void run(Workspace& memory, bool counting) {
