@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -73,7 +74,7 @@ def free_port(ports: Sequence[int] = PORTS) -> int:
     """A port that nobody listens on, and that no other call here or in another process is given while this one lives.
 
     A server listens seconds after it was given its port: until then the system would give the same one to others, and
-    whoever asks there would be answered by them. Raises RuntimeError where none of these ports is free.
+    whoever asks there would be answered by them. Raises RuntimeError where none of these ports is free, and OSError.
     """
     for port in random.sample(ports, len(ports)):
         # The ports of UDP stand beside those of TCP, and a socket that holds one ends with its process.
@@ -81,8 +82,10 @@ def free_port(ports: Sequence[int] = PORTS) -> int:
         try:
             claim.bind(("127.0.0.1", port))
             socket.create_server(("127.0.0.1", port)).close()
-        except OSError:
+        except OSError as error:
             claim.close()
+            if error.errno != errno.EADDRINUSE:
+                raise
         else:
             _claims.append(claim)
             return port

@@ -10,8 +10,9 @@ since speed does not depend on them.
   16 x (512 + 64), c=4   output tokens a second of 16 requests by 4 clients: 512 tokens that all share and that the
                          server has not seen before, 64 of their own, 16 of output
   ready, first token     seconds from the start of the process, loading included
-  of the floor           the share of what the machine allows by its rates of reading and multiplying; with one client
-                         from an answer's first token to its end
+  of the floor           the share of what the machine allows by its rates of reading and multiplying, as they are just
+                         before and after the server ran, the better of both; with one client from an answer's first
+                         token to its end
   RSS, PSS               peak resident memory of all processes, shared pages counted in each; and what they took
                          after a cell at most, shared pages counted once
 
@@ -45,10 +46,16 @@ from benchmarks.shapes import layer_matrix_parameters
 SHAPES_COMPARED = ("smollm2-135m", "qwen3-0.6b")
 SHAPES_POSSIBLE = ("tiny", *SHAPES_COMPARED)
 READY_TIMEOUT = 900.0
+FLOOR_MEASURES = {"c1": "decode_tokens_per_second", "prefill": "tokens_per_second"}
+"""The figures that have a floor."""
+FLOOR_SECONDS = 1.0
+"""For each rate that is measured."""
 OVERHEADS = ("ready_seconds", "first_token_seconds", "peak_rss_bytes", "pss_bytes")
 
 Figures = Mapping[str, Mapping[str, float | None]]
 """By server, by cell: the figure."""
+Rounds = Mapping[str, Sequence[Mapping[str, Any]]]
+"""By server: what `measure_server` found in each round, and the floors around it."""
 
 
 async def measure_server(
@@ -95,13 +102,11 @@ def median_or_none(values: Sequence[float | None]) -> float | None:
     return statistics.median(known) if known and len(known) == len(values) else None
 
 
-def figures(
-    rounds: Mapping[str, Sequence[Mapping[str, Any]]], cells: Sequence[Cell], measure: str = "tokens_per_second"
-) -> dict[str, dict[str, Any]]:
+def figures(rounds: Rounds, cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
     """The median of each server's rounds for each cell."""
     return {
         name: {
-            cell.name: median_or_none([one["cells"].get(cell.name, {}).get(measure) for one in of_server])
+            cell.name: median_or_none([one["cells"].get(cell.name, {}).get("tokens_per_second") for one in of_server])
             for cell in cells
         }
         for name, of_server in rounds.items()
@@ -147,6 +152,12 @@ def measure_floors(seconds: float) -> dict[str, Any]:
     return floors
 
 
+def read_floors(shape: str, options: argparse.Namespace) -> dict[str, float]:
+    """The `floor_rates` of now."""
+    weight_bytes = (model_directory(options.peers, shape) / "model.safetensors").stat().st_size
+    return floor_rates(measure_floors(min(options.seconds, FLOOR_SECONDS)), shape, weight_bytes)
+
+
 def floor_rates(floors: Mapping[str, Any], shape: str, weight_bytes: int) -> dict[str, float]:
     """Tokens a second that bfloat16 weights allow: read once for a token, or multiplied at the matrix rate."""
     operations = 2 * layer_matrix_parameters(shape)
@@ -182,19 +193,16 @@ def rows_of_shape(shape: str, result: Mapping[str, Any], cells: Sequence[Cell]) 
     return rows
 
 
-def without_prompts(measured: Figures, decode: Figures) -> dict[str, dict[str, float | None]]:
-    """The figures with the rate of one stream in place of that of one client, which reads prompts between two."""
-    return {name: {**of_server, "c1": decode[name].get("c1")} for name, of_server in measured.items()}
-
-
-def floor_shares(measured: Figures, rates: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """Of each server with bfloat16 weights: its figure over what the machine allows."""
-    shares = {
-        name: {cell: figure / rate for cell, rate in rates.items() if (figure := of_server.get(cell)) is not None}
-        for name, of_server in measured.items()
-        if SERVERS[name].precision == "bf16"
-    }
-    return {name: entry for name, entry in shares.items() if entry}
+def floor_shares(rounds: Rounds) -> dict[str, dict[str, float]]:
+    """Of each server with bfloat16 weights: what it reached of its rounds' floors, in the median."""
+    shares: dict[str, dict[str, float]] = {}
+    for name, of_server in rounds.items():
+        for cell, measure in FLOOR_MEASURES.items():
+            reached = [(one["cells"].get(cell, {}).get(measure), one["floors"][cell]) for one in of_server]
+            share = median_or_none([None if figure is None else figure / floor for figure, floor in reached])
+            if share is not None and SERVERS[name].precision == "bf16":
+                shares.setdefault(name, {})[cell] = share
+    return shares
 
 
 def run_shape(
@@ -202,13 +210,18 @@ def run_shape(
 ) -> dict[str, Any]:
     """All rounds of a shape. A server that failed is not tried again."""
     rounds: dict[str, list[dict[str, Any]]] = {server.name: [] for server in servers}
+    floors = read_floors(shape, options)
     for number in range(options.rounds):
         order = list(servers) if number % 2 == 0 else list(reversed(servers))
         for server in order:
             if not any("error" in one for one in rounds[server.name]):
                 settings = {"cells": cells, "seconds": options.seconds, "settle": options.settle}
-                rounds[server.name].append(attempt(server, peers=options.peers, shape=shape, **settings))
-    measured = figures(rounds, cells)
+                measured = attempt(server, peers=options.peers, shape=shape, **settings)
+                before, floors = floors, read_floors(shape, options)
+                # A machine that others use as well is quick in one minute and slow in the next.
+                measured["floors"] = {cell: max(before[cell], floors[cell]) for cell in floors}
+                rounds[server.name].append(measured)
+    medians = figures(rounds, cells)
     overheads = {
         name: {what: median_or_none([one.get(what) for one in of_server]) for what in OVERHEADS}
         for name, of_server in rounds.items()
@@ -218,9 +231,9 @@ def run_shape(
         for name, of_server in rounds.items()
     }
     return {
-        "figures": measured,
-        "decode_figures": figures(rounds, cells, "decode_tokens_per_second"),
-        "ratios": ratios(measured, cells),
+        "figures": medians,
+        "ratios": ratios(medians, cells),
+        "floor_shares": floor_shares(rounds),
         "overheads": overheads,
         "client_cpu_share": client,
         "rounds": rounds,
@@ -295,15 +308,9 @@ def compare(options: argparse.Namespace) -> int:
     load = os.getloadavg()[0]
     if load > 0.5:
         note(f"the machine is busy (load {load:.1f}): the figures will not be its best")
-    floors = measure_floors(min(options.seconds, 2.0))
     shapes: dict[str, dict[str, Any]] = {}
     for shape in options.shapes:
-        weight_bytes = (model_directory(options.peers, shape) / "model.safetensors").stat().st_size
-        rates = floor_rates(floors, shape, weight_bytes)
-        result = run_shape(shape, servers, cells, options)
-        compared = without_prompts(result["figures"], result["decode_figures"])
-        result |= {"floors": rates, "floor_shares": floor_shares(compared, rates)}
-        shapes[shape] = result
+        result = shapes[shape] = run_shape(shape, servers, cells, options)
         if shape != options.shapes[-1]:
             print(table(rows_of_shape(shape, result, cells)), end="\n\n", flush=True)
     if options.plot:
@@ -316,7 +323,6 @@ def compare(options: argparse.Namespace) -> int:
         "load_average_before": load,
         "rounds": options.rounds,
         "seconds": options.seconds,
-        "floors": floors,
         "shapes": shapes,
     }
     print_report(rows_of_shape(options.shapes[-1], shapes[options.shapes[-1]], cells), report)

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
+from benchmarks.local_server import free_port
 from reprise.api.server import bind, count_requests
 from reprise.errors import ConfigError
 from reprise.settings import Settings
@@ -30,12 +31,6 @@ ROOT = Path(__file__).parents[2]
 
 def chat(text: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": text}], "stream": True}
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 @asynccontextmanager

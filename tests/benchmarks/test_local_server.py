@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SEVERAL = """
 import sys
 from benchmarks.local_server import free_port
-print(*(free_port() for _ in range(300)), flush=True)
+print(*(free_port() for _ in range(100)), flush=True)
 sys.stdin.read()
 """
 
@@ -40,12 +40,12 @@ def test_no_port_is_given_twice() -> None:
     for process in processes:
         process.communicate()
         assert process.returncode == 0
-    assert len(ports) == len(set(ports)) == 900
+    assert len(ports) == len(set(ports)) == 300
 
 
 def test_a_port_that_somebody_listens_on_is_not_given() -> None:
-    first, second = free_port(), free_port()
-    with socket.create_server(("127.0.0.1", first)), pytest.raises(RuntimeError, match=f"{first} to {first} is free"):
-        free_port([first])
-    with pytest.raises(RuntimeError, match="is free"):
-        free_port([first, second])
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        taken = listener.getsockname()[1]
+        with pytest.raises(RuntimeError, match=f"{taken} to {taken} is free"):
+            free_port([taken])
+    assert free_port([taken]) == taken

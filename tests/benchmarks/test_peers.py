@@ -70,14 +70,27 @@ def test_floors_follow_the_weights_and_the_layers() -> None:
     assert rates["c1"] == 40.0
     # 30 layers of 576 x (576 + 2 x 192) + 576 x 576 + 3 x 576 x 1536 parameters, two operations each.
     assert rates["prefill"] == pytest.approx(2e11 / (2 * 106_168_320))
-    shares = peers.floor_shares({"reprise": {"c1": 30.0}, "vllm": {}, "llama.cpp-q8_0": {"c1": 50.0}}, rates)
-    assert shares == {"reprise": {"c1": 0.75}}
 
 
-def test_the_share_of_the_floor_leaves_prompts_out() -> None:
-    measured: dict[str, dict[str, float | None]] = {"reprise": {"c1": 20.0, "prefill": 9.0}, "vllm": {"c1": None}}
-    decode = peers.figures({"reprise": [one_round(20.0, 9.0)], "vllm": []}, TWO_CELLS, "decode_tokens_per_second")
-    assert peers.without_prompts(measured, decode) == {"reprise": {"c1": 40.0, "prefill": 9.0}, "vllm": {"c1": None}}
+def test_the_share_of_the_floor_leaves_prompts_out_and_is_of_each_round() -> None:
+    """Of what is 40, 20 and 10 tokens a second without prompts."""
+    floors = ({"c1": 50.0, "prefill": 10.0}, {"c1": 80.0, "prefill": 10.0}, {"c1": 10.0, "prefill": 10.0})
+    rates = ((20.0, 9.0), (10.0, 8.0), (5.0, None))
+    rounds = [{**one_round(*rate), "floors": floor} for rate, floor in zip(rates, floors, strict=True)]
+    shares = peers.floor_shares({"reprise": rounds, "vllm": [], "llama.cpp-q8_0": rounds})
+    assert shares == {"reprise": {"c1": 0.8}}
+
+
+def test_floors_are_read_around_each_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The better of both is the one that counts."""
+    readings = iter([50.0, 80.0, 40.0, 20.0, 10.0])
+    monkeypatch.setattr(peers, "read_floors", lambda *_: dict.fromkeys(peers.FLOOR_MEASURES, next(readings)))
+    monkeypatch.setattr(peers, "attempt", lambda *_, **__: one_round(20.0, 8.0))
+    servers = [SERVERS[name] for name in ("reprise", "vllm")]
+    result = peers.run_shape("tiny", servers, TWO_CELLS, options(tmp_path, "--rounds", "2"))
+    found = {name: [one["floors"]["c1"] for one in of_server] for name, of_server in result["rounds"].items()}
+    assert found == {"reprise": [80.0, 20.0], "vllm": [80.0, 40.0]}
+    assert result["floor_shares"]["reprise"] == {"c1": (40 / 80 + 40 / 20) / 2, "prefill": (8 / 80 + 8 / 20) / 2}
 
 
 def options(tmp_path: Path, *arguments: str) -> Any:
@@ -92,6 +105,7 @@ def test_every_other_round_is_in_the_reverse_order(tmp_path: Path, monkeypatch: 
         return {"cells": {}, "error": "broken"} if server.name == "vllm" else one_round(2.0, 3.0, ready_seconds=4.0)
 
     monkeypatch.setattr(peers, "attempt", attempt)
+    monkeypatch.setattr(peers, "measure_floors", lambda _: FLOORS)
     servers = [SERVERS[name] for name in ("reprise", "vllm", "llama.cpp")]
     result = peers.run_shape("tiny", servers, TWO_CELLS, options(tmp_path, "--rounds", "3"))
     assert calls == ["reprise", "vllm", "llama.cpp", "llama.cpp", "reprise", "reprise", "llama.cpp"]
@@ -103,6 +117,7 @@ def test_every_other_round_is_in_the_reverse_order(tmp_path: Path, monkeypatch: 
 
 def test_rows_show_a_dash_for_what_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "attempt", lambda server, **_: one_round(20.0 if server.ours else None, 3.0))
+    monkeypatch.setattr(peers, "measure_floors", lambda _: FLOORS)
     servers = [SERVERS[name] for name in ("reprise", "vllm")]
     result = peers.run_shape("tiny", servers, TWO_CELLS, options(tmp_path))
     result["floor_shares"] = {"reprise": {"c1": 0.5}}

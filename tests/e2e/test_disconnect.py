@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import struct
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -63,7 +62,7 @@ def test_clients_that_leave_while_they_wait(api: LiveApi) -> None:
     """64 places, 192 sequences: who leaves the queue never starts, and the next one is served."""
     api.wait_idle()
     connections = [connect(api, COMPLETIONS, n=64, **PROMPT) for _ in range(3)]
-    wait_waiting(api, 128)
+    api.wait_until(lambda metrics: metrics["num_requests_waiting"] >= 128)
     for connection in connections:
         reset(connection)
     api.wait_idle()
@@ -73,7 +72,7 @@ def test_clients_that_leave_while_they_wait(api: LiveApi) -> None:
 def test_more_than_can_wait_is_refused(api: LiveApi) -> None:
     """64 places and 256 that may wait: 256 sequences leave no room for 128 more."""
     connections = [connect(api, COMPLETIONS, n=128, **PROMPT) for _ in range(2)]
-    wait_waiting(api, 192)
+    api.wait_until(lambda metrics: metrics["num_requests_waiting"] >= 192)
     response = api.post(COMPLETIONS, PROMPT | {"n": 128})
     assert (response.status_code, response.json()["error"]["code"]) == (429, "rate_limit_exceeded")
     assert int(response.headers["retry-after"]) >= 1
@@ -81,13 +80,6 @@ def test_more_than_can_wait_is_refused(api: LiveApi) -> None:
         finish(connection)
     api.wait_idle()
     assert len(api.complete(n=128, max_tokens=1).choices) == 128
-
-
-def wait_waiting(api: LiveApi, num_sequences: int) -> None:
-    deadline = time.monotonic() + 10
-    while api.metrics()["num_requests_waiting"] < num_sequences:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_the_others_go_on(api: LiveApi) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from benchmarks.local_server import running_server
 from reprise.engine.native.library import built_variants
 from support import variant_server
 from support.engine_processes import engine_pids
-from support.live_api import CHAT, LiveApi
+from support.live_api import CHAT, Call, LiveApi
 from support.one_order import any_order
 from support.promise import (
     InFlight,
@@ -154,22 +154,34 @@ def test_preempted_and_recomputed(served: Served) -> None:
         assert 1024 <= metrics["kv_cache_tokens"] < 1100
 
 
-def test_killed_meanwhile_and_after(served: Served) -> None:
-    """It stands still until all have come: else a fast engine has answered the first before the last are sent."""
+def killed_in_their_midst(served: Served, calls: Sequence[Call], expected: Sequence[bytes]) -> list[bytes]:
+    """The answers to calls whose engine is killed when ten streams have tokens, and most have not ended.
+
+    It stands still until all have come: else a fast engine has answered the first before the last are sent.
+    """
     (engine,) = engine_pids(served.api.server)
-    metrics = served.api.metrics()
-    before, recovered = metrics["engine_restarts_total"], metrics["choices_recovered_total"]
-    num_choices = sum(len(json.loads(answer)["choices"]) for answer in served.expected)
+    before = served.api.metrics()
+    num_choices = sum(len(json.loads(answer)["choices"]) for answer in expected)
     os.kill(engine, signal.SIGSTOP)
-    with InFlight(served.client, requests()) as streams:
-        served.api.wait_until(lambda metrics: metrics["num_requests_waiting"] == num_choices)
-        os.kill(engine, signal.SIGCONT)
-        streams.wait(lambda: streams.num_tokens > 0, lambda: os.kill(engine, signal.SIGKILL))
-        assert_same(streams.answers(), served.expected)
-    metrics = served.api.metrics()
-    assert metrics["engine_restarts_total"] == before + 1
-    assert metrics["choices_recovered_total"] > recovered + num_choices // 2
+    with InFlight(served.client, calls) as streams:
+        try:
+            served.api.wait_until(lambda metrics: metrics["num_requests_waiting"] == num_choices, seconds=5)
+        finally:
+            os.kill(engine, signal.SIGCONT)
+        streams.wait(
+            lambda: sum(folded.num_tokens > 0 for folded in streams.folded) >= 10,
+            lambda: os.kill(engine, signal.SIGKILL),
+        )
+        found = streams.answers()
+    after = served.api.metrics()
+    assert after["engine_restarts_total"] == before["engine_restarts_total"] + 1
+    assert after["choices_recovered_total"] > before["choices_recovered_total"] + num_choices // 2
     assert engine_pids(served.api.server) != [engine]
+    return found
+
+
+def test_killed_meanwhile_and_after(served: Served) -> None:
+    assert_same(killed_in_their_midst(served, requests(), served.expected), served.expected)
     assert_same(all_at_once(served.client, requests()), served.expected)
 
 
@@ -209,10 +221,7 @@ def test_with_predictions(served: Served) -> None:
     # What is counted does not depend on what was guessed, either.
     streamed = [(path, {**body, "stream": True}) for path, body in calls]
     assert_same(all_at_once(served.client, streamed), found)
-    (engine,) = engine_pids(served.api.server)
-    with InFlight(served.client, calls) as streams:
-        streams.wait(lambda: streams.num_tokens > 0, lambda: os.kill(engine, signal.SIGKILL))
-        assert_same(streams.answers(), found)
+    assert_same(killed_in_their_midst(served, calls, found), found)
 
 
 def without_details(answer: bytes) -> bytes:

@@ -37,7 +37,7 @@ def test_it_is_no_larger_than_every_sequence_at_its_longest() -> None:
 
 @pytest.mark.parametrize(("max_model_len", "smallest"), [(4096, 32), (20, 20), (8, 16)])
 def test_less_than_can_be_served_with_is_an_error(max_model_len: int, smallest: int) -> None:
-    """Two blocks, or the model's whole length where that is less."""
+    """As many tokens as two blocks have, or the model's length where that is less, and one block in any case."""
     size_pool(config(smallest * BYTES), BYTES, max_model_len, CPU)
     with pytest.raises(ModelLoadError, match=f"holds {smallest - 1} tokens .* the {smallest} it takes"):
         size_pool(config(smallest * BYTES - 1), BYTES, max_model_len, CPU)

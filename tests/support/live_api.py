@@ -172,7 +172,7 @@ class LiveApi:
     def wait_idle(self) -> None:
         """Wait until nothing runs or waits and no KV block is held."""
         names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
-        self.wait_until(lambda metrics: not any(metrics[name] for name in names))
+        self.wait_until(lambda metrics: not any(metrics[name] for name in names), seconds=5)
 
     def wait_running(self, num_sequences: int) -> None:
         """Wait until so many sequences run."""

@@ -11,6 +11,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -197,7 +198,7 @@ class Folded:
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(choice.get("token_ids", ())) for choice in self.choices.values())
+        return sum(len(choice.get("token_ids", ())) for choice in list(self.choices.values()))
 
     def answer(self) -> bytes:
         """Canonical. Fails where the stream did not end well and once."""
@@ -291,7 +292,7 @@ def read_stream(client: httpx.Client, call: Call, into: Folded | None = None) ->
 class _Awaited:
     condition: Callable[[], bool]
     then: Callable[[], None]
-    met: threading.Event = field(default_factory=threading.Event)
+    met: futures.Future[None] = field(default_factory=futures.Future)
 
 
 class InFlight:
@@ -327,26 +328,41 @@ class InFlight:
     def wait(
         self, condition: Callable[[], bool], then: Callable[[], None] = lambda: None, seconds: float = 30.0
     ) -> None:
-        """Wait until it holds. Fails where all streams end before.
+        """Wait until it holds. Fails where all streams end before, and with what it or `then` raises.
 
-        `then` is done by the reader who finds it so, at once: whoever waits may get a turn when the readers, who are
-        many, have read all that there was.
+        It is looked at with each event, and `then` is done at once by the reader who finds it so: whoever waits may
+        get a turn when the readers, who are many, have read all that there was.
         """
         deadline = time.monotonic() + seconds
-        awaited = _Awaited(condition, then)
-        self._awaited = awaited
+        awaited = self._awaited = _Awaited(condition, then)
         self._look()
-        while not awaited.met.wait(0.01):
-            assert self.num_running, "the streams ended too early"
-            assert time.monotonic() < deadline
+        try:
+            while True:
+                num_running = self.num_running
+                if awaited.met.done():
+                    break
+                assert num_running, "the streams ended too early"
+                assert time.monotonic() < deadline
+                futures.wait([awaited.met], 0.01)
+        finally:
+            with self._lock:
+                self._awaited = None
+        awaited.met.result()
 
     def _look(self) -> None:
         with self._lock:
             awaited = self._awaited
-            if awaited is not None and awaited.condition():
-                self._awaited = None
+            if awaited is None:
+                return
+            try:
+                if not awaited.condition():
+                    return
                 awaited.then()
-                awaited.met.set()
+            except Exception as error:  # noqa: BLE001 # whoever waits gets it
+                awaited.met.set_exception(error)
+            else:
+                awaited.met.set_result(None)
+            self._awaited = None
 
     def ends(self) -> list[Folded]:
         """The streams, when all have ended, well or with an error."""
