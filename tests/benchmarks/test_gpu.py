@@ -68,3 +68,36 @@ def test_when_the_time_is_over_it_says_what_was_not_run(capsys: pytest.CaptureFi
     *lines, last = capsys.readouterr().out.splitlines()
     assert json.loads(last)["not_run"]
     assert any(line.startswith("not run: ") for line in lines)
+
+
+def test_a_part_that_fails_is_named_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu, "MODELS", {"llama": gpu.MODELS["llama"]})
+    monkeypatch.setattr(gpu, "NEW_TOKENS", 3)
+
+    def broken(*_: object) -> float:
+        raise ValueError("no such kernel")
+
+    monkeypatch.setattr(gpu, "seconds_a_step", broken)
+    monkeypatch.setattr(gpu, "rate_of_transformers", broken)
+    assert gpu.main(REHEARSAL) == 1
+    *lines, last = capsys.readouterr().out.splitlines()
+    result = json.loads(last)
+    parts = ["decoding 1", "decoding 3", *(f"transformers' continuous batching of {count}" for count in (1, 3))]
+    assert [failure["part"] for failure in result["failures"]] == parts
+    assert "failed: decoding 1: ValueError: no such kernel" in lines
+    assert result["prefill"]["tokens"] == 90
+    assert not result["passed"]
+
+
+def test_a_lost_gpu_is_the_end_of_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("an illegal address")
+
+    monkeypatch.setattr(gpu, "check_model", broken)
+    monkeypatch.setattr(gpu, "is_lost", lambda _: True)
+    assert gpu.main(REHEARSAL) == 1
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [failure["part"] for failure in result["failures"]] == ["llama in float32"]
+    assert result["not_run"] == ["all after the part that broke the GPU"]

@@ -53,6 +53,29 @@ def test_equals_transformers(
     torch.testing.assert_close(before, scores(), msg="the input was changed")
 
 
+@pytest.mark.parametrize(("batched", "reference", "values"), CASES[2:], ids=lambda c: getattr(c, "__name__", None))
+def test_equals_transformers_with_sums_of_whole_numbers(
+    batched: Callable[[Tensor, Tensor], Tensor],
+    reference: Callable[[float], LogitsProcessor],
+    values: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on CUDA."""
+    whole = processors.whole_running_sums
+    monkeypatch.setattr(processors, "running_sums", whole)
+    monkeypatch.setattr(processors, "known_sum", lambda rows: whole(rows.nan_to_num(nan=0.0))[:, -1:])
+    test_equals_transformers(batched, reference, values)
+
+
+def test_sums_of_whole_numbers_have_no_order() -> None:
+    values = torch.randn(3, 5000, generator=torch.Generator().manual_seed(1))
+    order = torch.randperm(5000)
+    ends = [processors.whole_running_sums(part)[:, -1] for part in (values, values[:, order], values[1:2])]
+    assert torch.equal(ends[0], ends[1])
+    assert torch.equal(ends[0][1:2], ends[2])
+    torch.testing.assert_close(ends[0].double(), values.double().sum(-1), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("penalty", [0.5, 1.2, 2.0])
 def test_repetition_penalty_equals_transformers(penalty: float) -> None:
     before = scores(1)

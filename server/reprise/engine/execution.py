@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -15,7 +16,7 @@ from reprise.engine.alone_runner import AloneRunner
 from reprise.engine.cuda.attention import PAGE, VarlenAttention, plain_attention
 from reprise.engine.cuda.decoder import CudaDecoder, FusedWeights
 from reprise.engine.cuda.decoder import unsupported as unsupported_on_cuda
-from reprise.engine.cuda.products import choose_products, keep_to_one_order, without_order
+from reprise.engine.cuda.products import BlasSettings, choose_products, without_order
 from reprise.engine.cuda.runner import CudaRunner
 from reprise.engine.decoder_gate import NativeGate, cuda_layers_gate, native_layers_gate
 from reprise.engine.gate import GateResult, alone_gate, equal_over, padding_gate, paged_gate
@@ -163,20 +164,42 @@ def native_paged(
 def cuda_paged(
     model: PreTrainedModel, config: EngineConfig, max_model_len: int, device: torch.device
 ) -> Execution | str:
-    """With the decoder for CUDA, on any device; or why not, and then the model can be run as before."""
+    """With the decoder for CUDA, on any device; or why not, and then the model can be run as before.
+
+    Raises ModelLoadError where the device is of no use any more.
+    """
     if config.tier == "padded" or config.kernels != "auto" or config.quantize != "none":
         return "other kernels were asked for than those of the decoder for CUDA"
     refusal = unsupported_on_cuda(model)
     if refusal:
         return refusal
+    with ExitStack() as unless_it_runs:
+        if device.type == "cuda":
+            unless_it_runs.callback(BlasSettings.now().apply)
+        try:
+            found = _checked_cuda_paged(model, config, max_model_len, device)
+        except (MemoryError, torch.OutOfMemoryError, ModelLoadError):
+            raise
+        except Exception as error:
+            # Whatever a kernel that this GPU or this torch does not have is reported as.
+            if is_lost(device):
+                raise ModelLoadError(f"the decoder for CUDA broke the GPU, try --kernels torch: {error}") from error
+            logger.exception("the decoder for CUDA failed")
+            return f"the decoder for CUDA failed with {type(error).__name__}"
+        if isinstance(found, Execution):
+            unless_it_runs.pop_all()
+        return found
+
+
+def is_lost(device: torch.device) -> bool:
+    """Whether a device answers with an error whatever it is asked, as after an address that it has not."""
+    if device.type != "cuda":
+        return False
     try:
-        return _checked_cuda_paged(model, config, max_model_len, device)
-    except (MemoryError, torch.OutOfMemoryError, ModelLoadError):
-        raise
-    except Exception as error:
-        # Whatever a kernel that this GPU or this torch does not have is reported as.
-        logger.exception("the decoder for CUDA failed")
-        return f"the decoder for CUDA failed with {type(error).__name__}"
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def _checked_cuda_paged(
@@ -191,7 +214,7 @@ def _checked_cuda_paged(
     on_gpu = device.type == "cuda"
     weights = FusedWeights(model, gate.windows)
     if on_gpu and fixed_order:
-        keep_to_one_order()
+        BlasSettings.of_one_order().apply()
     choose = choose_products if fixed_order else without_order
     most_rows = max(limits.max_num_batched_tokens, NUM_PROMPT_TOKENS, 2 * gate.num_positions)
     products = choose(weights.matrices, most_rows)
@@ -202,7 +225,7 @@ def _checked_cuda_paged(
         model,
         weights,
         products,
-        VarlenAttention(max_positions, fixed_order=fixed_order) if on_gpu else plain_attention,
+        VarlenAttention(max_positions) if on_gpu else plain_attention,
         num_blocks=max(pool.num_blocks, num_check_blocks(block_size), 2 * -(-gate.num_positions // block_size)),
         block_size=block_size,
         max_positions=max_positions,

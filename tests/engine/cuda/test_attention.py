@@ -52,7 +52,7 @@ def test_the_one_of_cuda_is_called_as_torch_has_it(max_queries: int, window: int
     """On tensors without values: its arguments, not what it computes, which takes a GPU."""
     query = torch.empty(8, HEADS, HEAD_DIM, dtype=torch.bfloat16, device="meta")
     pages = torch.empty(NUM_BLOCKS + 1, PAGE, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16, device="meta")
-    attention = VarlenAttention(1024, fixed_order=True)
+    attention = VarlenAttention(1024)
     tables = make_tables("meta", PAGE)
     found = attention(query, pages, pages, tables, scale=0.3, window=window, max_queries=max_queries)
     assert (found.shape, found.dtype) == (query.shape, torch.bfloat16)

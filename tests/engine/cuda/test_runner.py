@@ -16,12 +16,14 @@ from reprise.engine.attention import ROW_MULTIPLE
 from reprise.engine.core import EngineCore
 from reprise.engine.cuda.attention import plain_attention
 from reprise.engine.cuda.decoder import CudaDecoder, FusedWeights, unsupported
-from reprise.engine.cuda.products import Products, row_buckets, tiled
+from reprise.engine.cuda.products import BlasSettings, Products, row_buckets
 from reprise.engine.cuda.runner import STEPS_NOT_BEGUN, CudaRunner
 from reprise.engine.decoder_gate import NativeGate, cuda_layers_gate
+from reprise.engine.gate import paged_gate
 from reprise.engine.scheduler import ScheduledSequence
 from reprise.engine.sequence import Sequence, SequenceStatus
-from reprise.ipc.messages import Add
+from reprise.errors import ModelLoadError
+from reprise.ipc.messages import Add, EngineConfig
 from reprise.types import SamplingParams
 from support import tiny_models
 from support.engine_driver import Result, build_core, drain, greedy, load_from, run
@@ -61,7 +63,7 @@ def own_logits(model: Any, token_ids: list[int]) -> Tensor:
     return logits
 
 
-@pytest.mark.parametrize("products", [BUCKETS, tiled(256)], ids=str)
+@pytest.mark.parametrize("products", [BUCKETS, Products((128, 256), 128)], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_ragged_step_gives_the_models_own_logits(name: str, products: Products) -> None:
     model = tiny_models.build(name)
@@ -224,3 +226,36 @@ def test_ends_arrivals_and_aborts_in_between_change_nothing(
     core.abort([301])
     drain(core, results)
     assert results[300].token_ids == alone[1]
+
+
+@pytest.mark.parametrize("outcome", ["runs", "refused", "fails", "lost"])
+def test_settings_of_cuda_stay_only_where_it_runs(outcome: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything else in the process would compute with them."""
+    model = tiny_models.build("llama")
+    applied: list[BlasSettings] = []
+    settings = BlasSettings("cublas", (True, True), (True, True))
+
+    def checked(*_: Any) -> execution.Execution | str:
+        if outcome in ("fails", "lost"):
+            raise RuntimeError("no kernel")
+        return execution.torch_paged(model, config, gate, 64, torch.device("cpu")) if outcome == "runs" else "no"
+
+    config = EngineConfig(model="m", kv_cache_memory=1 << 20)
+    gate = paged_gate(model)
+    monkeypatch.setattr(BlasSettings, "now", lambda: settings)
+    monkeypatch.setattr(BlasSettings, "apply", lambda applies: applied.append(applies))  # noqa: PLW0108 # bound
+    monkeypatch.setattr(execution, "_checked_cuda_paged", checked)
+    monkeypatch.setattr(execution, "is_lost", lambda _: outcome == "lost")
+    arguments = (model, config, 64, torch.device("cuda"))
+    if outcome == "lost":
+        with pytest.raises(ModelLoadError, match="broke the GPU"):
+            execution.cuda_paged(*arguments)
+    else:
+        found = execution.cuda_paged(*arguments)
+        assert isinstance(found, execution.Execution) == (outcome == "runs")
+    assert applied == ([] if outcome == "runs" else [settings])
+
+
+def test_a_torch_whose_attention_splits_keys_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reprise.engine.cuda.decoder.varlen_attn", lambda query: query)
+    assert "one order" in unsupported(tiny_models.build("llama"))

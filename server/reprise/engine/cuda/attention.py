@@ -47,10 +47,8 @@ class PagedAttention(Protocol):
 class VarlenAttention:
     """Implements PagedAttention on CUDA. `max_keys`: of any sequence."""
 
-    def __init__(self, max_keys: int, *, fixed_order: bool) -> None:
+    def __init__(self, max_keys: int) -> None:
         self._max_keys = max_keys
-        # Without it the kernel splits the keys by how busy the batch keeps the device.
-        self._num_splits = 1 if fixed_order else None
 
     def __call__(
         self,
@@ -78,7 +76,9 @@ class VarlenAttention:
             enable_gqa=query.shape[1] != keys.shape[2],
             seqused_k=tables.num_keys,
             block_table=tables.block_table,
-            num_splits=self._num_splits,
+            # Else the keys are split by how busy the batch keeps the device, and with pages the parts of all
+            # sequences are put together in the first one's place (pytorch #194167).
+            num_splits=1,
         )
         assert isinstance(attended, Tensor)
         return attended

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import PreTrainedModel
 
 from reprise.engine import elementwise, llama_family
@@ -27,6 +29,8 @@ def unsupported(model: PreTrainedModel) -> str:
     """Why this decoder cannot run the model; empty where it can."""
     if difference := llama_family.differs(model):
         return f"the decoder for CUDA has no {difference}"
+    if "num_splits" not in signature(varlen_attn).parameters:
+        return f"torch {torch.__version__} cannot keep its attention to one order"
     if model.device.type == "cuda" and model.dtype not in (torch.bfloat16, torch.float16):
         return f"the decoder for CUDA does not run in {str(model.dtype).removeprefix('torch.')}"
     parts: Any = model.model

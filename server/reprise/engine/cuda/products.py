@@ -2,15 +2,17 @@
 
 A library chooses its kernel by the number of rows, and kernels differ in their order of summation. So a step has one of
 few numbers of rows, its bucket, and before a model is served every bucket's kernel is run over every weight's shape and
-compared bit by bit with the largest one's. The smallest buckets that agree are used. Where none do, every product is
-computed in tiles of one number of rows, whose kernel is one kernel.
+compared bit by bit with that of TILE rows, each row at every place. The smallest buckets that agree are used. Where the
+largest do not, their products are computed in tiles of as many rows as the largest one that does.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +26,16 @@ SMALLEST_BUCKETS = (16, 64, 128)
 
 @dataclass(frozen=True, slots=True)
 class Products:
-    """`buckets`: numbers of rows in ascending order. `tile`: rows that are computed at a time; None for all."""
+    """`buckets`: numbers of rows in ascending order. `tile`: rows that are computed at a time at most; None for all.
+
+    A tile is a bucket, and so is what it leaves of one.
+    """
 
     buckets: tuple[int, ...]
     tile: int | None = None
 
     def __str__(self) -> str:
-        return f"tiles of {self.tile} rows" if self.tile else f"buckets from {self.buckets[0]} rows"
+        return f"buckets from {self.buckets[0]} rows" + (f", tiles of {self.tile}" if self.tile else "")
 
     def num_rows(self, needed: int) -> int:
         """The smallest bucket that holds so many rows; 0 for none."""
@@ -38,7 +43,7 @@ class Products:
 
     def __call__(self, rows: Tensor, weight: Tensor) -> Tensor:
         """Of rows [R, inner] times weight [outer, inner]: [R, outer]. R is a bucket."""
-        if self.tile is None or rows.shape[0] == self.tile:
+        if self.tile is None or rows.shape[0] <= self.tile:
             return F.linear(rows, weight)
         output = rows.new_empty((rows.shape[0], weight.shape[0]))
         for part, target in zip(torch.split(rows, self.tile), torch.split(output, self.tile), strict=True):
@@ -56,10 +61,6 @@ def row_buckets(smallest: int, largest: int) -> tuple[int, ...]:
     return (*buckets, *range(TILE, -(-max(largest, TILE) // TILE) * TILE + 1, TILE))
 
 
-def tiled(largest: int) -> Products:
-    return Products(row_buckets(TILE, largest), TILE)
-
-
 def without_order(_: Iterable[Tensor], largest: int) -> Products:
     """Those with the smallest buckets, where bits may follow the number of rows."""
     return Products(row_buckets(1, largest))
@@ -67,29 +68,55 @@ def without_order(_: Iterable[Tensor], largest: int) -> Products:
 
 @torch.inference_mode()
 def choose_products(weights: Iterable[Tensor], largest: int) -> Products:
-    """Those with the smallest buckets that give every row its bits, for steps of up to `largest` rows.
+    """Those with the smallest buckets and the largest tiles that give every row its bits.
 
-    Of a weight with many outer rows, buckets whose product would have more than MAX_COMPARED elements are not run.
+    largest: rows of a step at most. Of a weight with many outer rows, buckets whose product would have more than
+    MAX_COMPARED elements are not run.
     """
-    shapes = {weight.shape: weight for weight in weights}
-    for smallest in SMALLEST_BUCKETS:
-        products = Products(row_buckets(smallest, largest))
-        if all(_agree(weight, products.buckets) for weight in shapes.values()):
-            return products
-    return tiled(largest)
+    shapes = {weight.shape: weight for weight in weights}.values()
+    tried = row_buckets(SMALLEST_BUCKETS[0], largest)
+    agree = {bucket: all(_agrees(weight, bucket) for weight in shapes) for bucket in tried}
+    smallest = next((size for size in SMALLEST_BUCKETS if all(map(agree.get, row_buckets(size, TILE)))), TILE)
+    buckets = row_buckets(smallest, largest)
+    agreeing = list(takewhile(agree.__getitem__, buckets)) or [TILE]
+    return Products(buckets, None if agreeing[-1] == buckets[-1] else agreeing[-1])
 
 
-def _agree(weight: Tensor, buckets: Sequence[int]) -> bool:
-    """Whether all buckets give the last rows the bits that the largest gives them."""
+def _agrees(weight: Tensor, bucket: int) -> bool:
+    """Whether the bucket gives a row, wherever it lies, the bits that TILE rows give it."""
+    if bucket * weight.shape[0] > MAX_COMPARED:
+        return True
     generator = torch.Generator(weight.device).manual_seed(3)
-    compared = [bucket for bucket in buckets if bucket * weight.shape[0] <= MAX_COMPARED] or buckets[:1]
-    rows = torch.randn((compared[-1], weight.shape[1]), generator=generator, device=weight.device, dtype=weight.dtype)
-    expected = F.linear(rows, weight)
-    return all(torch.equal(F.linear(rows[-bucket:], weight), expected[-bucket:]) for bucket in compared)
+    rows = torch.randn((TILE, weight.shape[1]), generator=generator, device=weight.device, dtype=weight.dtype)
+    places = torch.arange(bucket, device=weight.device) % TILE
+    return torch.equal(F.linear(rows[places], weight), F.linear(rows, weight)[places])
 
 
-def keep_to_one_order() -> None:
-    """Ask cuBLAS not to spread a sum over several kernels' parts, nor to add them in a low precision."""
-    matmul = torch.backends.cuda.matmul
-    matmul.allow_bf16_reduced_precision_reduction = (False, False)
-    matmul.allow_fp16_reduced_precision_reduction = (False, False)
+@dataclass(frozen=True, slots=True)
+class BlasSettings:
+    """What torch asks of CUDA's libraries for products, in the whole process."""
+
+    library: Any
+    bfloat16: tuple[bool, bool]
+    """Whether parts of a sum may be added in it, and whether a sum may be spread over several parts of the device."""
+    float16: tuple[bool, bool]
+
+    @classmethod
+    def now(cls) -> Self:
+        matmul = torch.backends.cuda.matmul
+        return cls(
+            torch.backends.cuda.preferred_blas_library(),
+            (matmul.allow_bf16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction_split_k),
+            (matmul.allow_fp16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction_split_k),
+        )
+
+    @classmethod
+    def of_one_order(cls) -> Self:
+        """No sum in parts. cuBLASLt alone can be told so: through cuBLAS every product would be an error."""
+        return cls("cublaslt", (False, False), (False, False))
+
+    def apply(self) -> None:
+        torch.backends.cuda.preferred_blas_library(self.library)
+        matmul = torch.backends.cuda.matmul
+        matmul.allow_bf16_reduced_precision_reduction = self.bfloat16
+        matmul.allow_fp16_reduced_precision_reduction = self.float16

@@ -28,14 +28,26 @@ STEPS_NOT_BEGUN = 16
 """After a step that was begun and that nobody asked for, as where drafts come: it cost the time of one."""
 
 
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """Where a runner's graphs are captured.
+
+    `stream` is the runner's own: a library's workspace belongs to a stream and goes with the first graph of it that is
+    dropped, under the graphs of other runners too where torch's own stream for captures is used (pytorch #193402).
+    """
+
+    pool: Any
+    """torch's handle of the memory that they share."""
+    stream: Any
+
+
 class DecodeGraph:
     """The forward of a bucket of sequences with one row each, over tables that stay in one place.
 
-    On CUDA it is captured when it is made; elsewhere it is called. `pool`: torch's handle of the memory that graphs
-    share.
+    On CUDA it is captured when it is made, where a `capture` says; elsewhere, without one, it is called.
     """
 
-    def __init__(self, decoder: CudaDecoder, bucket: int, num_blocks: int, pool: Any) -> None:
+    def __init__(self, decoder: CudaDecoder, bucket: int, num_blocks: int, capture: Capture | None) -> None:
         self._decoder = decoder
         self.shape = TableShape(bucket, bucket, bucket, num_blocks)
         host = torch.empty(sum(self.shape.sizes), dtype=torch.int32)
@@ -43,15 +55,14 @@ class DecodeGraph:
         self.flat = host.to(decoder.device)
         self.tables = StepTables.over(self.flat, self.shape)
         self._graph: torch.cuda.CUDAGraph | None = None
-        if decoder.device.type == "cuda":
-            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+        if capture is not None:
+            capture.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(capture.stream):
                 for _ in range(_NUM_WARM_UPS):
                     self._forward()
-            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.current_stream().wait_stream(capture.stream)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, pool=pool):
+            with torch.cuda.graph(self._graph, pool=capture.pool, stream=capture.stream):
                 self._logits = self._forward()
 
     def run(self) -> Tensor:
@@ -90,9 +101,12 @@ class CudaRunner:
         self._max_blocks = -(-decoder.max_positions // decoder.block_size)
         largest = decoder.products.num_rows(max_num_seqs)
         buckets = [bucket for bucket in decoder.products.buckets if bucket <= largest]
-        pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
+        capture = None
+        if self._device.type == "cuda":
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            capture = Capture(torch.cuda.graph_pool_handle(), stream)
         # The largest first: the others find room in its memory.
-        graphs = [DecodeGraph(decoder, bucket, self._max_blocks, pool) for bucket in reversed(buckets)]
+        graphs = [DecodeGraph(decoder, bucket, self._max_blocks, capture) for bucket in reversed(buckets)]
         self._graphs = {graph.shape.num_rows: graph for graph in graphs}
         self._max_num_seqs = max_num_seqs
         self._anticipated: Anticipated | None = None
