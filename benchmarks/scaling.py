@@ -23,6 +23,7 @@ from typing import Any
 
 from benchmarks.report import print_report
 from benchmarks.shapes import SHAPES, write_model
+from benchmarks.steps import checked_step
 from reprise.engine.block_pool import BlockPool
 from reprise.engine.core import EngineCore
 from reprise.engine.loader import LoadedModel, load
@@ -76,14 +77,14 @@ class Cell:
         """Step until so many have their first token."""
         begun: set[int] = set()
         while len(begun) < num_running:
-            begun.update(output.sequence_id for output in self._core.step())
+            begun.update(output.sequence_id for output in checked_step(self._core))
 
     def measure(self, num_steps: int) -> dict[str, float]:
         """Medians over the steps, and how many run and wait at their end."""
         steps = []
         for _ in range(WARM_UP_STEPS + num_steps):
             began = time.perf_counter()
-            self._core.step()
+            checked_step(self._core)
             steps.append(time.perf_counter() - began)
         return {
             "running": self._scheduler.num_running,

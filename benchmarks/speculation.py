@@ -30,6 +30,7 @@ import torch
 
 from benchmarks.report import print_report
 from benchmarks.shapes import SHAPES, write_model, write_pair
+from benchmarks.steps import checked_step
 from reprise.engine.core import EngineCore
 from reprise.engine.loader import load
 from reprise.engine.process import build_core
@@ -64,7 +65,7 @@ class Way:
         token_ids: list[int] = []
         start = time.perf_counter()
         while self._core.has_work:
-            for output in self._core.step():
+            for output in checked_step(self._core):
                 token_ids += output.token_ids
         return token_ids, time.perf_counter() - start
 

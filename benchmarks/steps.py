@@ -24,10 +24,19 @@ from benchmarks.shapes import SHAPES, write_model
 from reprise.engine.core import EngineCore
 from reprise.engine.loader import load
 from reprise.engine.process import build_core
-from reprise.ipc.messages import Add, EngineConfig, Ready
+from reprise.ipc.messages import Add, EngineConfig, Ready, SequenceOutput
 from reprise.types import SamplingParams
 
 KV_CACHE_BYTES = 1 << 28
+
+
+def checked_step(core: EngineCore) -> list[SequenceOutput]:
+    """What a step gives. Raises RuntimeError where a sequence ended by an error, which takes no time."""
+    outputs = core.step()
+    for output in outputs:
+        if output.error_code is not None:
+            raise RuntimeError(f"sequence {output.sequence_id} ended with {output.error_code}")
+    return outputs
 
 
 def seconds_a_step(core: EngineCore, first_id: int, num_sequences: int, prompt_tokens: int, new_tokens: int) -> float:
@@ -35,10 +44,10 @@ def seconds_a_step(core: EngineCore, first_id: int, num_sequences: int, prompt_t
     sampling = SamplingParams(seed=0, temperature=0.0, max_tokens=new_tokens)
     for index in range(num_sequences):
         core.add(Add(first_id + index, 0, [5 + index] * prompt_tokens, sampling))
-    core.step()
+    checked_step(core)
     start, num_steps = time.perf_counter(), 0
     while core.has_work:
-        core.step()
+        checked_step(core)
         num_steps += 1
     return (time.perf_counter() - start) / num_steps
 

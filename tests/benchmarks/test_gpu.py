@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import gpu
 from reprise.engine.cuda import decoder
+from reprise.ipc.messages import EngineConfig
+from reprise.types import SamplingParams
 
 ROOT = Path(__file__).parents[2]
 REHEARSAL = [
@@ -101,3 +104,15 @@ def test_a_lost_gpu_is_the_end_of_it(monkeypatch: pytest.MonkeyPatch, capsys: py
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [failure["part"] for failure in result["failures"]] == ["llama in float32"]
     assert result["not_run"] == ["all after the part that broke the GPU"]
+
+
+def test_a_sequence_that_ends_in_an_error_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be the same in every circumstance, and take no time."""
+    execution = gpu.execute(gpu.small_model("llama", torch.float32, "cpu"), EngineConfig(model="m", max_num_seqs=4))
+
+    def broken(_: object) -> None:
+        raise ValueError("no such kernel")
+
+    monkeypatch.setattr(execution.runner, "run", broken)
+    with pytest.raises(RuntimeError, match="sequence 0 ended with forward_error"):
+        gpu.answers(gpu.make_core(execution), [([3, 4], SamplingParams(seed=1, max_tokens=2))])

@@ -2,8 +2,8 @@
 
 A library chooses its kernel by the number of rows, and kernels differ in their order of summation. So a step has one of
 few numbers of rows, its bucket, and before a model is served every bucket's kernel is run over every weight's shape and
-compared bit by bit with that of TILE rows, each row at every place. The smallest buckets that agree are used. Where the
-largest do not, their products are computed in tiles of as many rows as the largest one that does.
+compared bit by bit with that of TILE rows, every place with a row from another one. The smallest buckets that agree are
+used. Where the largest do not, their products are computed in tiles of as many rows as the largest one that does.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 
 TILE = 128
 MAX_COMPARED = 1 << 28
+_STRIDE = 37  # has no divisor with TILE
 SMALLEST_BUCKETS = (16, 64, 128)
 """Of which the first that agrees is taken: with few rows reading the weights takes the time, not multiplying."""
 
@@ -83,13 +84,14 @@ def choose_products(weights: Iterable[Tensor], largest: int) -> Products:
 
 
 def _agrees(weight: Tensor, bucket: int) -> bool:
-    """Whether the bucket gives a row, wherever it lies, the bits that TILE rows give it."""
+    """Whether each of the bucket's places gives a row the bits that another place of TILE rows gives it."""
     if bucket * weight.shape[0] > MAX_COMPARED:
         return True
     generator = torch.Generator(weight.device).manual_seed(3)
     rows = torch.randn((TILE, weight.shape[1]), generator=generator, device=weight.device, dtype=weight.dtype)
-    places = torch.arange(bucket, device=weight.device) % TILE
-    return torch.equal(F.linear(rows[places], weight), F.linear(rows, weight)[places])
+    # So that TILE rows too are compared with those at other places.
+    elsewhere = (torch.arange(bucket, device=weight.device) * _STRIDE + 1) % TILE
+    return torch.equal(F.linear(rows[elsewhere], weight), F.linear(rows, weight)[elsewhere])
 
 
 @dataclass(frozen=True, slots=True)
