@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import random
@@ -22,8 +23,6 @@ READY_TIMEOUT = 300.0
 STOP_TIMEOUT = 60.0
 PORTS = range(20000, 30000)
 """Below those that systems give to clients."""
-
-_claims: list[socket.socket] = []
 
 
 @dataclass
@@ -87,7 +86,7 @@ def free_port(ports: Sequence[int] = PORTS) -> int:
             if error.errno != errno.EADDRINUSE:
                 raise
         else:
-            _claims.append(claim)
+            atexit.register(claim.close)
             return port
     raise RuntimeError(f"no port of {ports[0]} to {ports[-1]} is free")
 
