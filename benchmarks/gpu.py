@@ -24,7 +24,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import msgspec
@@ -39,7 +40,8 @@ from benchmarks.steps import checked_step, seconds_a_step
 from reprise.engine.block_pool import BlockPool
 from reprise.engine.core import EngineCore
 from reprise.engine.cuda.products import BlasSettings
-from reprise.engine.execution import Execution, choose_execution, cuda_paged, is_lost
+from reprise.engine.device import is_lost
+from reprise.engine.execution import Execution, choose_execution, cuda_paged
 from reprise.engine.repeatability import Repeatability
 from reprise.engine.sampler import Sampler
 from reprise.engine.scheduler import Scheduler
@@ -278,98 +280,119 @@ def default_settings(device: str) -> Iterator[None]:
         ours.apply()
 
 
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Runs one part after the other, as long as time is left, and notes in `result` what was not run or failed."""
+
+    device: str
+    left: Callable[[], float]
+    result: dict[str, Any]
+
+    def run(self, name: str, needed: float, part: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:
+        """What the part found; nothing where it failed, or less than the `needed` seconds are left.
+
+        Raises DeviceLostError.
+        """
+        if self.left() < needed:
+            self.result["not_run"].append(name)
+            return []
+        try:
+            return [part()]
+        except Exception as error:
+            traceback.print_exc()
+            self.result["failures"].append({"part": name, "error": f"{type(error).__name__}: {error}"})
+            print(f"{name}: FAILED with {type(error).__name__}", flush=True)
+            if is_lost(torch.device(self.device)):
+                raise DeviceLostError from error
+            return []
+
+
 def measure(options: argparse.Namespace, left: Callable[[], float], result: dict[str, Any]) -> None:
     """Fill in `result` part by part, so that what was found is shown when time runs out."""
     device = options.device
-    skipped: list[str] = result["not_run"]
-
-    def has_time(part: str, needed: float) -> bool:
-        if left() >= needed:
-            return True
-        skipped.append(part)
-        return False
-
-    @contextmanager
-    def part(name: str) -> Iterator[None]:
-        """An error of this part is noted."""
-        try:
-            yield
-        except Exception as error:
-            traceback.print_exc()
-            result["failures"].append({"part": name, "error": f"{type(error).__name__}: {error}"})
-            print(f"{name}: FAILED with {type(error).__name__}", flush=True)
-            if is_lost(torch.device(device)):
-                raise DeviceLostError from error
-
+    parts = Parts(device, left, result)
     for name in MODELS:
         for dtype in DTYPES:
-            if has_time(f"{name} in {dtype}", 15):
-                # Nothing of an earlier model is left to this one.
-                with part(f"{name} in {dtype}"), default_settings(device):
-                    result["models"].append(check_model(name, dtype, device, options.check_tokens))
-                    print(f"{name} in {dtype}: {'passed' if result['models'][-1]['passed'] else 'FAILED'}", flush=True)
-    if not has_time("speed", 90):
-        return
+            check = partial(check_model, name, dtype, device, options.check_tokens)
+            with default_settings(device):  # nothing of an earlier model is left to this one
+                checked = parts.run(f"{name} in {dtype}", 15, check)
+            for found in checked:
+                result["models"].append(found)
+                print(f"{name} in {dtype}: {'passed' if found['passed'] else 'FAILED'}", flush=True)
+    with default_settings(device):
+        for rates in parts.run("speed", 90, partial(measure_floors, device)):
+            result |= rates
+            for large in parts.run(options.shape, 60, partial(load_large, options)):
+                measure_speed(options, parts, **large)
+
+
+def measure_floors(device: str) -> dict[str, float]:
+    """What this GPU reads (bytes a second) and multiplies (operations a second)."""
     on_gpu = device == "cuda"
-    budget = 1.0 if on_gpu else 0.05
-    with part("speed"), default_settings(device):
-        bandwidth = read_bandwidth((4 << 30) if on_gpu else (1 << 24), budget=budget, device=device)
-        operations = matrix_rate(
-            8192 if on_gpu else 64, 8192 if on_gpu else 64, torch.bfloat16, budget=budget, device=device
-        )
-        result["read_bytes_per_second"], result["operations_per_second"] = bandwidth, operations
-        measure_speed(options, bandwidth, operations, has_time, part, result)
+    budget, size = (1.0, 8192) if on_gpu else (0.05, 64)
+    return {
+        "read_bytes_per_second": read_bandwidth((4 << 30) if on_gpu else (1 << 24), budget=budget, device=device),
+        "operations_per_second": matrix_rate(size, size, torch.bfloat16, budget=budget, device=device),
+    }
+
+
+def load_large(options: argparse.Namespace) -> dict[str, Any]:
+    """The large model, what runs it, and whether that repeats."""
+    started = time.perf_counter()
+    model = large_model(options.shape, options.device)
+    config = EngineConfig(model=options.shape, device=options.device, max_num_seqs=max(options.sequences),
+                          max_num_batched_tokens=8192, kv_cache_memory=options.kv_cache_memory)  # fmt: skip
+    execution = execute(model, config)
+    found = execution.check()
+    return {"model": model, "execution": execution, "found": found, "seconds": time.perf_counter() - started}
 
 
 def measure_speed(
     options: argparse.Namespace,
-    bandwidth: float,
-    operations: float,
-    has_time: Callable[[str, float], bool],
-    part: Callable[[str], AbstractContextManager[None]],
-    result: dict[str, Any],
+    parts: Parts,
+    model: PreTrainedModel,
+    execution: Execution,
+    found: Repeatability,
+    seconds: float,
 ) -> None:
-    """The large model's, beside what this GPU reads (bytes a second) and multiplies (operations a second)."""
-    device, shape = options.device, options.shape
-    sizes = SHAPES[shape]
-    model = large_model(shape, device)
-    config = EngineConfig(model=shape, device=device, max_num_seqs=max(options.sequences), max_num_batched_tokens=8192,
-                          kv_cache_memory=options.kv_cache_memory)  # fmt: skip
-    started = time.perf_counter()
-    execution = execute(model, config)
-    found = execution.check()
-    result |= {"kernels": execution.kernels, "repeats": found.passed, "reason": found.reason}
-    result["load_seconds"] = time.perf_counter() - started
-    if device == "cuda" and not (execution.kernels.startswith("cuda") and found.passed):
+    """The large model's, which took so many seconds to load."""
+    result, shape = parts.result, options.shape
+    vocab_size = SHAPES[shape]["vocab_size"]
+    result |= {"kernels": execution.kernels, "repeats": found.passed, "reason": found.reason, "load_seconds": seconds}
+    if options.device == "cuda" and not (execution.kernels.startswith("cuda") and found.passed):
         result["failures"].append({"part": shape, "error": f"runs by {execution.kernels}: {found.reason}"})
-    print(f"{shape}: {execution.kernels}, loaded in {result['load_seconds']:.0f} s", flush=True)
-    read_bytes = 2 * (layer_matrix_parameters(shape) + sizes["vocab_size"] * sizes["hidden_size"])
-    first_id = 1
+    print(f"{shape}: {execution.kernels}, loaded in {seconds:.0f} s", flush=True)
     for count in options.sequences:
-        if has_time(f"decoding {count}", 20):
-            with part(f"decoding {count}"):
-                core, best = make_core(execution), float("inf")
-                for _ in range(options.repeats):
-                    best = min(best, seconds_a_step(core, first_id, count, PROMPT_TOKENS, NEW_TOKENS))
-                    first_id += count
-                context = count * (PROMPT_TOKENS + NEW_TOKENS / 2) * execution.pool.bytes_per_token
-                result["decoding"].append({
-                    "sequences": count, "step_ms": best * 1000, "tokens_per_second": count / best,
-                    "share_of_floor": (read_bytes + context) / bandwidth / best,
-                })  # fmt: skip
-    if has_time("prompts", 20):
-        with part("prompts"):
-            result["prefill"] = measure_prompts(options, make_core(execution), operations)
+        decoding = partial(measure_decoding, options, execution, count, result["read_bytes_per_second"])
+        result["decoding"] += parts.run(f"decoding {count}", 20, decoding)
+    prompts = partial(measure_prompts, options, execution, result["operations_per_second"])
+    result["prefill"] = next(iter(parts.run("prompts", 20, prompts)), None)
     for count in options.sequences:
-        if has_time(f"transformers' continuous batching of {count}", 60):
-            with part(f"transformers' continuous batching of {count}"):
-                prompts = [random_ids(PROMPT_TOKENS, 100 + index, sizes["vocab_size"]) for index in range(count)]
-                result["beside"].append({"sequences": count, **beside_transformers(execution, model, prompts)})
+        asked = [random_ids(PROMPT_TOKENS, 100 + index, vocab_size) for index in range(count)]
+        beside = partial(beside_transformers, execution, model, asked)
+        result["beside"] += parts.run(f"transformers' continuous batching of {count}", 60, beside)
 
 
-def measure_prompts(options: argparse.Namespace, core: EngineCore, operations: float) -> dict[str, float]:
+def measure_decoding(
+    options: argparse.Namespace, execution: Execution, count: int, bandwidth: float
+) -> dict[str, float]:
+    """Of so many sequences, beside the time in which weights, keys and values can be read (bytes a second)."""
+    sizes = SHAPES[options.shape]
+    core, best = make_core(execution), float("inf")
+    for first_id in range(0, options.repeats * count, count):
+        best = min(best, seconds_a_step(core, first_id, count, PROMPT_TOKENS, NEW_TOKENS))
+    weights = 2 * (layer_matrix_parameters(options.shape) + sizes["vocab_size"] * sizes["hidden_size"])
+    context = count * (PROMPT_TOKENS + NEW_TOKENS / 2) * execution.pool.bytes_per_token
+    return {
+        "sequences": count, "step_ms": best * 1000, "tokens_per_second": count / best,
+        "share_of_floor": (weights + context) / bandwidth / best,
+    }  # fmt: skip
+
+
+def measure_prompts(options: argparse.Namespace, execution: Execution, operations: float) -> dict[str, float]:
+    """Of one long prompt, beside the rate of products (operations a second)."""
     sizes, tokens = SHAPES[options.shape], options.prompt_tokens
-    seconds = prefill_seconds(core, tokens, options.repeats, sizes["vocab_size"])
+    seconds = prefill_seconds(make_core(execution), tokens, options.repeats, sizes["vocab_size"])
     heads = sizes["num_attention_heads"] * sizes.get("head_dim", sizes["hidden_size"] // sizes["num_attention_heads"])
     attention = 2 * sizes["num_hidden_layers"] * heads * tokens**2
     return {
@@ -387,7 +410,9 @@ def beside_transformers(execution: Execution, model: PreTrainedModel, prompts: l
         engine = max(engine, rate_of_engine(make_core(execution), prompts, NEW_TOKENS))
         with default_settings(model.device.type):
             transformers = max(transformers, rate_of_transformers(model, prompts, NEW_TOKENS))
-    return {"engine": engine, "transformers": transformers, "ratio": engine / transformers}
+    return {
+        "sequences": len(prompts), "engine": engine, "transformers": transformers, "ratio": engine / transformers
+    }  # fmt: skip
 
 
 def rows_of(result: dict[str, Any]) -> list[list[str]]:

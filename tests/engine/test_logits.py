@@ -61,19 +61,20 @@ def test_equals_transformers_with_sums_of_whole_numbers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As on CUDA."""
-    whole = processors.whole_running_sums
-    monkeypatch.setattr(processors, "running_sums", whole)
-    monkeypatch.setattr(processors, "known_sum", lambda rows: whole(rows.nan_to_num(nan=0.0))[:, -1:])
+    whole = processors.integer_cumsum
+    monkeypatch.setattr(processors, "row_cumsum", whole)
+    monkeypatch.setattr(processors, "row_nansum", lambda rows: whole(rows.nan_to_num(nan=0.0))[:, -1:])
     test_equals_transformers(batched, reference, values)
 
 
 def test_sums_of_whole_numbers_have_no_order() -> None:
-    values = torch.randn(3, 5000, generator=torch.Generator().manual_seed(1))
+    """Of float64: those of float32 are added up in float64 on a CPU, which would hide it."""
+    values = torch.randn(3, 5000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     order = torch.randperm(5000)
-    ends = [processors.whole_running_sums(part)[:, -1] for part in (values, values[:, order], values[1:2])]
+    ends = [processors.integer_cumsum(part)[:, -1] for part in (values, values[:, order], values[1:2])]
     assert torch.equal(ends[0], ends[1])
     assert torch.equal(ends[0][1:2], ends[2])
-    torch.testing.assert_close(ends[0].double(), values.double().sum(-1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(ends[0], values.sum(-1), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.2, 2.0])

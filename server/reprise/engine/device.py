@@ -1,4 +1,4 @@
-"""Between the host and the device without making either wait: small values there, what was chosen back."""
+"""Between the host and the device, neither waiting: small values there, what was chosen back; whether it answers."""
 
 from __future__ import annotations
 
@@ -33,3 +33,14 @@ class Fetch:
         if self._event is not None:
             self._event.synchronize()
         return [tensor.tolist() for tensor in self._tensors]
+
+
+def is_lost(device: torch.device) -> bool:
+    """Whether a device answers with an error whatever it is asked, as after an address that it has not."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False

@@ -19,6 +19,7 @@ from reprise.engine.cuda.decoder import unsupported as unsupported_on_cuda
 from reprise.engine.cuda.products import BlasSettings, choose_products, without_order
 from reprise.engine.cuda.runner import CudaRunner
 from reprise.engine.decoder_gate import NativeGate, cuda_layers_gate, native_layers_gate
+from reprise.engine.device import is_lost
 from reprise.engine.gate import GateResult, alone_gate, equal_over, padding_gate, paged_gate
 from reprise.engine.kv_cache import KVCache
 from reprise.engine.kv_pool import Pool, padded_bytes_per_token, paged_bytes_per_token, size_pool
@@ -189,17 +190,6 @@ def cuda_paged(
         if isinstance(found, Execution):
             unless_it_runs.pop_all()
         return found
-
-
-def is_lost(device: torch.device) -> bool:
-    """Whether a device answers with an error whatever it is asked, as after an address that it has not."""
-    if device.type != "cuda":
-        return False
-    try:
-        torch.cuda.synchronize(device)
-    except RuntimeError:
-        return True
-    return False
 
 
 def _checked_cuda_paged(

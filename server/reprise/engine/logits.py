@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 REMOVED = float("-inf")
-_WHOLE = 2.0**48
+_UNITS = 2.0**48
 
 
 def repetition_penalty(scores: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
@@ -47,13 +47,13 @@ def top_p(scores: Tensor, p: Tensor) -> Tensor:
     Holtzman et al. 2019, nucleus sampling.
     """
     ascending, order = torch.sort(scores, dim=-1, descending=False, stable=True)
-    cumulative = running_sums(ascending.softmax(dim=-1))
+    cumulative = row_cumsum(ascending.softmax(dim=-1))
     remove = cumulative <= (1 - p)[:, None]
     remove[:, -1] = False
     return scores.masked_fill(remove.scatter(-1, order, remove), REMOVED)
 
 
-def running_sums(values: Tensor) -> Tensor:
+def row_cumsum(values: Tensor) -> Tensor:
     """The sums of each row up to each column, whatever rows are beside it. The sums lie between -2^14 and 2^14.
 
     On CUDA they are added up as whole numbers: the order in which it adds floats follows the number of rows, and for
@@ -61,20 +61,20 @@ def running_sums(values: Tensor) -> Tensor:
     """
     if values.device.type != "cuda":
         return values.cumsum(dim=-1)
-    return whole_running_sums(values)
+    return integer_cumsum(values)
 
 
-def known_sum(values: Tensor) -> Tensor:
-    """The sum of each row [B, 1] but for what is no number, as `running_sums`."""
+def row_nansum(values: Tensor) -> Tensor:
+    """The sum of each row [B, 1] but for what is no number, as `row_cumsum`."""
     if values.device.type != "cuda":
         return values.nansum(dim=-1, keepdim=True)
-    return whole_running_sums(values.nan_to_num(nan=0.0))[:, -1:]
+    return integer_cumsum(values.nan_to_num(nan=0.0))[:, -1:]
 
 
-def whole_running_sums(values: Tensor) -> Tensor:
-    """`running_sums` as multiples of 2^-48."""
-    scaled = (values.double() * _WHOLE).round().long()
-    return (scaled.cumsum(dim=-1).double() / _WHOLE).to(values.dtype)
+def integer_cumsum(values: Tensor) -> Tensor:
+    """`row_cumsum` as multiples of 2^-48."""
+    scaled = (values.double() * _UNITS).round().long()
+    return (scaled.cumsum(dim=-1).double() / _UNITS).to(values.dtype)
 
 
 def min_p(scores: Tensor, ratio: Tensor) -> Tensor:
@@ -92,10 +92,10 @@ def typical_p(scores: Tensor, mass: Tensor) -> Tensor:
     Meister et al. 2022, locally typical sampling.
     """
     logprobs = scores.log_softmax(dim=-1)
-    entropy = -known_sum(logprobs * logprobs.exp())
+    entropy = -row_nansum(logprobs * logprobs.exp())
     distance = (-logprobs - entropy).abs()
     nearest, order = torch.sort(distance, dim=-1, descending=False, stable=True)
-    cumulative = running_sums(scores.gather(-1, order).softmax(dim=-1))
+    cumulative = row_cumsum(scores.gather(-1, order).softmax(dim=-1))
     last = (cumulative < mass[:, None]).sum(dim=-1, keepdim=True).clamp(max=scores.shape[-1] - 1)
     remove = nearest > nearest.gather(-1, last)
     remove[:, 0] = False

@@ -98,6 +98,18 @@ def test_a_kernel_that_is_another_at_some_places_is_found(monkeypatch: pytest.Mo
     assert choose_products([torch.randn(40, 64)], 512).tile == 384
 
 
+def test_a_place_whose_bits_are_its_own_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every bucket, so that places compared with themselves would agree."""
+
+    def linear(rows: Tensor, weight: Tensor) -> Tensor:
+        found = nn.functional.linear(rows, weight)
+        found[100:101] *= 1 + 1e-6
+        return found
+
+    monkeypatch.setattr(products, "F", type("Kernels", (), {"linear": staticmethod(linear)}))
+    assert choose_products([torch.randn(40, 64)], 512) == Products((128, 256, 384, 512), 128)
+
+
 def test_settings_of_one_order_are_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """CuBLASLt is asked for first: through cuBLAS a product of bfloat16 would be an error with them."""
     matmul = torch.backends.cuda.matmul
