@@ -2,8 +2,9 @@
 
 Every request has the same number of random prompt tokens and generates the same number of tokens; a given
 number of clients send one after the other. For each concurrency: time to the first token (TTFT), time between
-two pieces of an answer (ITL; a piece is a token, or several where the client is slow), tokens a second over
-all clients, and whether every token that was asked for came, by the server's usage and by counting the ids.
+two pieces of an answer (ITL; a piece is a token, or several where the model is faster than the stream), tokens
+a second over all clients, and whether every token that was asked for came, by the server's usage and by counting
+the ids.
 Times are in milliseconds. Without --url a server is started for the run.
 """
 
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.local_server import running_server
-from benchmarks.report import percentile, print_report
+from benchmarks.report import figure_text, percentiles, print_report
 from benchmarks.streaming import StreamTimes, stream_completion
 
 SHARES = (0.5, 0.9, 0.99)
@@ -100,8 +101,8 @@ def summarise(load: Load, requests: Sequence[StreamTimes], *, concurrency: int, 
         "seconds": seconds,
         "output_tokens_per_second": num_tokens / seconds,
         "requests_per_second": len(good) / seconds,
-        "ttft_ms": {f"p{share * 100:g}": percentile(first, share) for share in SHARES},
-        "itl_ms": {f"p{share * 100:g}": percentile(gaps, share) for share in SHARES},
+        "ttft_ms": percentiles(first, SHARES),
+        "itl_ms": percentiles(gaps, SHARES),
         "num_complete_by_usage": by_usage,
         "num_complete_by_count": sum(n == load.output_tokens for n in counted) if counted else None,
         "complete": not errors and by_usage == len(good) and all(count == load.output_tokens for count in counted),
@@ -119,8 +120,8 @@ def rows(results: Sequence[dict[str, Any]]) -> list[list[str]]:
                 str(result["num_requests"]),
                 str(result["num_errors"]),
                 f"{result['output_tokens_per_second']:.1f}",
-                *(f"{value:.1f}" for value in result["ttft_ms"].values()),
-                *(f"{value:.2f}" for value in result["itl_ms"].values()),
+                *(figure_text(value) for value in result["ttft_ms"].values()),
+                *(figure_text(value, 2) for value in result["itl_ms"].values()),
                 "yes" if result["complete"] else "NO",
             ]
             for result in results

@@ -30,7 +30,7 @@ from typing import Any
 from benchmarks.local_server import running_server
 from benchmarks.paced_server import TICK, Look, environ, read_watch
 from benchmarks.raw_stream import Answer, stream
-from benchmarks.report import percentile, print_report
+from benchmarks.report import figure_text, percentiles, print_report
 from benchmarks.shapes import write_model
 
 SHAPE = "tiny"
@@ -89,10 +89,10 @@ def most_at_once(answers: Sequence[Answer]) -> int:
     return most
 
 
-def lateness(late: Iterable[float]) -> dict[str, float]:
+def lateness(late: Iterable[float]) -> dict[str, float | None]:
     """Milliseconds for what comes at any moment: while the watch is late, further looks would have been due."""
-    waits = [seconds - n * TICK for seconds in late for n in range(int(seconds / TICK) + 1)]
-    return {f"p{share * 100:g}": percentile(waits, share) * 1e3 for share in (0.5, 0.99, 1)}
+    waits = [(seconds - n * TICK) * 1e3 for seconds in late for n in range(int(seconds / TICK) + 1)]
+    return percentiles(waits, (0.5, 0.99, 1))
 
 
 def measure(directory: Path, cell: Cell) -> dict[str, Any]:
@@ -156,8 +156,8 @@ def rows(results: Sequence[dict[str, Any]]) -> list[list[str]]:
                 f"{result['tokens_per_cpu_second']:.0f}",
                 f"{result['events_per_cpu_second']:.0f}",
                 f"{result['tokens_per_event']:.2f}",
-                *(f"{value:.1f}" for value in result["loop_late_ms"].values()),
-                *(f"{value:.1f}" for value in result["loop_late_cpu_ms"].values()),
+                *(figure_text(value) for value in result["loop_late_ms"].values()),
+                *(figure_text(value) for value in result["loop_late_cpu_ms"].values()),
             ]
             for result in results
         ),

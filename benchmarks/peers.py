@@ -40,7 +40,7 @@ from benchmarks.bar_chart import Panel, bar_chart
 from benchmarks.peer_builds import NotAvailableError, model_directory
 from benchmarks.peer_cells import CELLS, Cell, Target
 from benchmarks.peer_servers import DEFAULT_SERVERS, SERVERS, Server, running
-from benchmarks.report import print_report, table
+from benchmarks.report import figure_text, print_report, table
 from benchmarks.shapes import layer_matrix_parameters
 
 SHAPES_COMPARED = ("smollm2-135m", "qwen3-0.6b")
@@ -165,10 +165,6 @@ def floor_rates(floors: Mapping[str, Any], shape: str, weight_bytes: int) -> dic
         "c1": floors["read_bytes_per_second"] / weight_bytes,
         "prefill": floors["operations_per_second"]["bfloat16"]["many_rows"] / operations,
     }
-
-
-def figure_text(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.1f}"
 
 
 def rows_of_shape(shape: str, result: Mapping[str, Any], cells: Sequence[Cell]) -> list[list[str]]:

@@ -20,10 +20,18 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+def figure_text(value: float | None, decimals: int = 1) -> str:
+    """A figure in a table; a dash where none was measured."""
+    return "–" if value is None else f"{value:,.{decimals}f}"
+
+
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value that `share` (0 to 1) of the values do not exceed, between neighbours; NaN of none."""
+    """The value that `share` (0 to 1) of the values do not exceed, between neighbours.
+
+    Raises: ValueError of no values.
+    """
     if not values:
-        return float("nan")
+        raise ValueError("there is no percentile of no values")
     ordered = sorted(values)
     position = share * (len(ordered) - 1)
     low = int(position)
@@ -31,6 +39,11 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
+def percentiles(values: Sequence[float], shares: Sequence[float]) -> dict[str, float | None]:
+    """Percentiles under the names "p50", "p99" and so on; nothing under each where there are no values."""
+    return {f"p{share * 100:g}": percentile(values, share) if values else None for share in shares}
+
+
 def print_report(rows: Sequence[Sequence[str]], result: Mapping[str, Any]) -> None:
     print(table(rows))
-    print(json.dumps(result, ensure_ascii=False))
+    print(json.dumps(result, ensure_ascii=False, allow_nan=False))

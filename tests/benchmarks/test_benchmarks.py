@@ -32,7 +32,7 @@ from benchmarks import (
 from benchmarks.load import Load, summarise
 from benchmarks.paced_server import TICK
 from benchmarks.raw_stream import Answer
-from benchmarks.report import percentile, table
+from benchmarks.report import percentile, print_report, table
 from benchmarks.streaming import StreamTimes, stream_completion
 from reprise.engine import attention
 from reprise.engine.native.library import built_variants
@@ -76,7 +76,8 @@ def test_load_measures_and_verifies_every_token(live_base_url: str, capsys: pyte
         assert measured["num_requests"] == measured["num_complete_by_usage"] == measured["num_complete_by_count"] == 4
         assert measured["num_errors"] == 0
         assert 0 < measured["ttft_ms"]["p50"] <= measured["ttft_ms"]["p99"]
-        assert measured["itl_ms"]["p50"] > 0
+        # Where every answer came in one piece there is no time between two.
+        assert measured["itl_ms"]["p50"] is None or measured["itl_ms"]["p50"] > 0
         assert measured["output_tokens_per_second"] == pytest.approx(24 / measured["seconds"])
 
 
@@ -176,6 +177,17 @@ def test_sums() -> None:
     assert (measured["num_complete_by_usage"], measured["num_complete_by_count"]) == (2, 1)
     assert measured["complete"] is False
     assert summarise(settings, [good], concurrency=1, seconds=1.0)["complete"] is True
+
+
+def test_answers_of_one_piece_have_no_time_between_two(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = Load(url="", model="m", prompt_tokens=1, output_tokens=3)
+    whole = StreamTimes(start=1.0, arrivals=[2.0], token_counts=[3], usage_tokens=3)
+    measured = summarise(settings, [whole], concurrency=1, seconds=1.0)
+    assert measured["complete"] is True
+    print_report(load.rows([measured]), {"results": [measured]})
+    lines, result = result_of(capsys)
+    assert lines[1].split() == ["1", "1", "0", "3.0", *["1,000.0"] * 3, *["–"] * 3, "yes"]
+    assert result["results"][0]["itl_ms"] == {"p50": None, "p90": None, "p99": None}
 
 
 def test_use_cache_compares_two_times_of_the_same_answer(
@@ -278,6 +290,13 @@ def test_table_and_percentiles() -> None:
     assert table([["name", "n"], ["a", "10"]]) == "name   n\na     10"
     assert percentile([3.0, 1.0, 2.0], 0.5) == 2.0
     assert percentile([1.0, 2.0], 0.9) == pytest.approx(1.9)
+    with pytest.raises(ValueError, match="no percentile of no values"):
+        percentile([], 0.5)
+
+
+def test_a_report_is_json_that_anyone_can_read() -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        print_report([["name"]], {"value": float("nan")})
 
 
 def test_rows_finds_none_that_differ_among_what_the_engine_computes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -376,19 +395,19 @@ def test_layers_compares_the_padded_tier_as_well(capsys: pytest.CaptureFixture[s
 
 
 def test_overhead_counts_tokens_and_cpu_time_and_watches_the_loop(capsys: pytest.CaptureFixture[str]) -> None:
-    assert overhead.main(["--streams", "3", "--pace", "100", "0", "--tokens", "150"]) == 0
+    assert overhead.main(["--streams", "3", "--pace", "400", "0", "--tokens", "600"]) == 0
     lines, result = result_of(capsys)
     assert len(lines) == 3
     paced, free = result["results"]
-    assert [(measured["pace"], measured["num_errors"]) for measured in (paced, free)] == [(100, 0), (None, 0)]
+    assert [(measured["pace"], measured["num_errors"]) for measured in (paced, free)] == [(400, 0), (None, 0)]
     assert paced["at_once"] == 3
-    assert 0 < paced["tokens_per_second"] < 110
+    assert 0 < paced["tokens_per_second"] < 440
     for measured in (paced, free):
-        assert measured["tokens_per_stream"] == 50
+        assert measured["tokens_per_stream"] == 200
         assert measured["api_cpu_seconds"] > 0
         assert measured["tokens_per_cpu_second"] > 0
         # The last event of a stream has the usage and no token.
-        assert 0 < measured["tokens_per_event"] < 50
+        assert 0 < measured["tokens_per_event"] < 200
         assert 0 <= measured["loop_late_cpu_ms"]["p99"] <= measured["loop_late_ms"]["p100"]
 
 
