@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from reprise.config import load_settings, resolve_settings
 from reprise.errors import ConfigError
 from reprise.ipc.messages import EngineConfig
 from reprise.settings import (
-    Notice,
     Settings,
     choices,
     environment_name,
@@ -23,7 +21,6 @@ from reprise.settings import (
     is_switch,
     kind,
     parse_size,
-    startup_notices,
 )
 
 
@@ -227,29 +224,6 @@ def test_variables_that_kubernetes_sets_get_their_remedy() -> None:
     found = problems(environ={"REPRISE_SERVICE_HOST": "10.0.0.1", "REPRISE_PORT_8000_TCP": "tcp://10.0.0.1:8000"})
     assert all("enableServiceLinks: false" in problem for problem in found)
     assert len(found) == 2
-
-
-@pytest.mark.parametrize("host", ["0.0.0.0", "::"])  # noqa: S104 # what the test is about
-def test_all_addresses_without_a_key_is_warned_of(host: str) -> None:
-    (notice,) = startup_notices(Settings(host=host), in_container=False)
-    assert notice.level == logging.WARNING
-    assert "without an API key" in notice.text
-    assert startup_notices(Settings(host=host, api_key=["k"]), in_container=False) == []
-
-
-def test_in_a_container_all_addresses_are_told_of_but_not_warned_of() -> None:
-    settings = Settings(host="0.0.0.0", port=81)  # noqa: S104 # what the test is about
-    (notice,) = startup_notices(settings, in_container=True)
-    assert notice == Notice(logging.INFO, notice.text)
-    assert "where it is published" in notice.text
-    assert "127.0.0.1:81:81" in notice.text
-    assert startup_notices(settings.model_copy(update={"api_key": ["k"]}), in_container=True) == []
-
-
-def test_no_notice_by_default() -> None:
-    for in_container in (False, True):
-        assert startup_notices(Settings(), in_container=in_container) == []
-        assert startup_notices(Settings(host="localhost"), in_container=in_container) == []
 
 
 def test_engine_config_takes_over_every_field_that_the_engine_knows() -> None:

@@ -22,8 +22,9 @@ from reprise.generation.interface import Engine, EngineState
 from reprise.generation.supervision import HangLimits
 from reprise.hub import comes_from_hub, endpoint, find_on_hub, go_offline_if_unreachable
 from reprise.logs import logging_to, take_over
+from reprise.notices import in_container, startup_notices
 from reprise.replay.store import prepare_directory
-from reprise.settings import Settings, in_container, startup_notices
+from reprise.settings import Settings
 from reprise.startup import LoadingDisplay, announce
 from reprise.text.tokenizer import Tokenizer
 from reprise.text.torch_free import keep_torch_out

@@ -16,7 +16,8 @@ from click.testing import CliRunner
 
 from reprise.cli import cli
 from reprise.config import load_settings
-from reprise.settings import Settings, environment_name, startup_notices
+from reprise.notices import startup_notices
+from reprise.settings import Settings, environment_name
 
 ROOT = Path(__file__).parents[2]
 SETTING_VARIABLES = {environment_name(name) for name in Settings.model_fields} | {"REPRISE_CONFIG"}
