@@ -35,7 +35,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingCon
 
 from benchmarks.floors import matrix_rate, read_bandwidth
 from benchmarks.report import print_report, table
-from benchmarks.shapes import SHAPES, empty_model, layer_matrix_parameters
+from benchmarks.shapes import SHAPES, attention_operations, empty_model, layer_matrix_parameters
 from benchmarks.steps import checked_step, seconds_a_step
 from reprise.engine.block_pool import BlockPool
 from reprise.engine.core import EngineCore
@@ -393,11 +393,10 @@ def measure_prompts(options: argparse.Namespace, execution: Execution, operation
     """Of one long prompt, beside the rate of products (operations a second)."""
     sizes, tokens = SHAPES[options.shape], options.prompt_tokens
     seconds = prefill_seconds(make_core(execution), tokens, options.repeats, sizes["vocab_size"])
-    heads = sizes["num_attention_heads"] * sizes.get("head_dim", sizes["hidden_size"] // sizes["num_attention_heads"])
-    attention = 2 * sizes["num_hidden_layers"] * heads * tokens**2
+    products = 2 * layer_matrix_parameters(options.shape) * tokens + attention_operations(options.shape, tokens)
     return {
         "tokens": tokens, "ms": seconds * 1000, "tokens_per_second": tokens / seconds,
-        "share_of_rate": (2 * layer_matrix_parameters(options.shape) * tokens + attention) / seconds / operations,
+        "share_of_rate": products / seconds / operations,
     }  # fmt: skip
 
 

@@ -12,7 +12,8 @@ since speed does not depend on them.
   ready, first token     seconds from the start of the process, loading included
   of the floor           the share of what the machine allows by its rates of reading and multiplying, as they are just
                          before and after the server ran, the better of both; with one client from an answer's first
-                         token to its end
+                         token to its end; of a prompt the products with the layers' matrices alone
+  attention counted      the same with the products of a prompt's attention
   RSS, PSS               peak resident memory of all processes, shared pages counted in each; and what they took
                          after a cell at most, shared pages counted once
 
@@ -41,13 +42,22 @@ from benchmarks.peer_builds import NotAvailableError, model_directory
 from benchmarks.peer_cells import CELLS, Cell, Target
 from benchmarks.peer_servers import DEFAULT_SERVERS, SERVERS, Server, running
 from benchmarks.report import figure_text, print_report, table
-from benchmarks.shapes import layer_matrix_parameters
+from benchmarks.shapes import attention_operations, layer_matrix_parameters
 
 SHAPES_COMPARED = ("smollm2-135m", "qwen3-0.6b")
 SHAPES_POSSIBLE = ("tiny", *SHAPES_COMPARED)
 READY_TIMEOUT = 900.0
-FLOOR_MEASURES = {"c1": "decode_tokens_per_second", "prefill": "tokens_per_second"}
-"""The figures that have a floor."""
+FLOOR_MEASURES = {
+    "c1": ("c1", "decode_tokens_per_second"),
+    "prefill": ("prefill", "tokens_per_second"),
+    "prefill, attention counted": ("prefill", "tokens_per_second"),
+}
+"""By floor: the figure that it is the limit of, as cell and measure."""
+FLOOR_ROWS = {
+    "of the floor": {"c1": "c1", "prefill": "prefill"},
+    "of it, attention counted": {"prefill": "prefill, attention counted"},
+}
+"""By row of the table: the floor of each cell."""
 FLOOR_SECONDS = 1.0
 """For each rate that is measured."""
 OVERHEADS = ("ready_seconds", "first_token_seconds", "peak_rss_bytes", "pss_bytes")
@@ -160,10 +170,12 @@ def read_floors(shape: str, options: argparse.Namespace) -> dict[str, float]:
 
 def floor_rates(floors: Mapping[str, Any], shape: str, weight_bytes: int) -> dict[str, float]:
     """Tokens a second that bfloat16 weights allow: read once for a token, or multiplied at the matrix rate."""
-    operations = 2 * layer_matrix_parameters(shape)
+    rate, num_tokens = floors["operations_per_second"]["bfloat16"]["many_rows"], CELLS["prefill"].prompt_tokens
+    layers, attention = 2 * layer_matrix_parameters(shape), attention_operations(shape, num_tokens) / num_tokens
     return {
         "c1": floors["read_bytes_per_second"] / weight_bytes,
-        "prefill": floors["operations_per_second"]["bfloat16"]["many_rows"] / operations,
+        "prefill": rate / layers,
+        "prefill, attention counted": rate / (layers + attention),
     }
 
 
@@ -184,20 +196,22 @@ def rows_of_shape(shape: str, result: Mapping[str, Any], cells: Sequence[Cell]) 
         mean = "–" if ratio["geometric_mean"] is None else f"{ratio['geometric_mean']:.2f}"
         rows.append([f"{name} ÷ best peer", *shown, mean if ratio["complete"] else f"({mean})", *blank])
     for name, shares in result["floor_shares"].items():
-        shown = [f"{shares[cell.name]:.0%}" if cell.name in shares else "" for cell in cells]
-        rows.append([f"{name} of the floor", *shown, "", *blank])
+        for title, floors in FLOOR_ROWS.items():
+            found = [shares.get(floors.get(cell.name, "")) for cell in cells]
+            if any(share is not None for share in found):
+                rows.append([f"{name} {title}", *("" if one is None else f"{one:.0%}" for one in found), "", *blank])
     return rows
 
 
 def floor_shares(rounds: Rounds) -> dict[str, dict[str, float]]:
-    """Of each server with bfloat16 weights: what it reached of its rounds' floors, in the median."""
+    """Of each server with bfloat16 weights, by floor: what it reached of those of its rounds, in the median."""
     shares: dict[str, dict[str, float]] = {}
     for name, of_server in rounds.items():
-        for cell, measure in FLOOR_MEASURES.items():
-            reached = [(one["cells"].get(cell, {}).get(measure), one["floors"][cell]) for one in of_server]
+        for limit, (cell, measure) in FLOOR_MEASURES.items():
+            reached = [(one["cells"].get(cell, {}).get(measure), one["floors"][limit]) for one in of_server]
             share = median_or_none([None if figure is None else figure / floor for figure, floor in reached])
             if share is not None and SERVERS[name].precision == "bf16":
-                shares.setdefault(name, {})[cell] = share
+                shares.setdefault(name, {})[limit] = share
     return shares
 
 
@@ -215,7 +229,7 @@ def run_shape(
                 measured = attempt(server, peers=options.peers, shape=shape, **settings)
                 before, floors = floors, read_floors(shape, options)
                 # A machine that others use as well is quick in one minute and slow in the next.
-                measured["floors"] = {cell: max(before[cell], floors[cell]) for cell in floors}
+                measured["floors"] = {name: max(before[name], floors[name]) for name in floors}
                 rounds[server.name].append(measured)
     medians = figures(rounds, cells)
     overheads = {

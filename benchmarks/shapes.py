@@ -171,6 +171,16 @@ def layer_matrix_parameters(shape: str) -> int:
     return int(sizes["num_hidden_layers"] * (attention + 3 * hidden * sizes["intermediate_size"]))
 
 
+def attention_operations(shape: str, num_tokens: int) -> int:
+    """Floating-point operations of the attention over a prompt, where each token looks at those up to itself.
+
+    Products of queries with keys and of weights with values, half of both squares, in all layers.
+    """
+    sizes = SHAPES[shape]
+    width = sizes["num_attention_heads"] * sizes.get("head_dim", sizes["hidden_size"] // sizes["num_attention_heads"])
+    return int(2 * sizes["num_hidden_layers"] * width * num_tokens**2)
+
+
 def empty_model(shape: str) -> PreTrainedModel:
     """A model of this shape with the weights that its class starts with, in float32."""
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -70,11 +70,14 @@ def test_floors_follow_the_weights_and_the_layers() -> None:
     assert rates["c1"] == 40.0
     # 30 layers of 576 x (576 + 2 x 192) + 576 x 576 + 3 x 576 x 1536 parameters, two operations each.
     assert rates["prefill"] == pytest.approx(2e11 / (2 * 106_168_320))
+    # 9 heads of 64 in 30 layers: of 1,024 tokens each looks at half of them on average, at keys and at values.
+    with_attention = 2 * 106_168_320 + 2 * 2 * 30 * 9 * 64 * 512
+    assert rates["prefill, attention counted"] == pytest.approx(2e11 / with_attention)
 
 
 def test_the_share_of_the_floor_leaves_prompts_out_and_is_of_each_round() -> None:
     """Of what is 40, 20 and 10 tokens a second without prompts."""
-    floors = ({"c1": 50.0, "prefill": 10.0}, {"c1": 80.0, "prefill": 10.0}, {"c1": 10.0, "prefill": 10.0})
+    floors = [{**dict.fromkeys(peers.FLOOR_MEASURES, 10.0), "c1": c1} for c1 in (50.0, 80.0, 10.0)]
     rates = ((20.0, 9.0), (10.0, 8.0), (5.0, None))
     rounds = [{**one_round(*rate), "floors": floor} for rate, floor in zip(rates, floors, strict=True)]
     shares = peers.floor_shares({"reprise": rounds, "vllm": [], "llama.cpp-q8_0": rounds})
@@ -90,7 +93,12 @@ def test_floors_are_read_around_each_server(tmp_path: Path, monkeypatch: pytest.
     result = peers.run_shape("tiny", servers, TWO_CELLS, options(tmp_path, "--rounds", "2"))
     found = {name: [one["floors"]["c1"] for one in of_server] for name, of_server in result["rounds"].items()}
     assert found == {"reprise": [80.0, 20.0], "vllm": [80.0, 40.0]}
-    assert result["floor_shares"]["reprise"] == {"c1": (40 / 80 + 40 / 20) / 2, "prefill": (8 / 80 + 8 / 20) / 2}
+    of_prompts = (8 / 80 + 8 / 20) / 2
+    assert result["floor_shares"]["reprise"] == {
+        "c1": (40 / 80 + 40 / 20) / 2,
+        "prefill": of_prompts,
+        "prefill, attention counted": of_prompts,
+    }
 
 
 def options(tmp_path: Path, *arguments: str) -> Any:
@@ -120,12 +128,14 @@ def test_rows_show_a_dash_for_what_is_not_known(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(peers, "measure_floors", lambda _: FLOORS)
     servers = [SERVERS[name] for name in ("reprise", "vllm")]
     result = peers.run_shape("tiny", servers, TWO_CELLS, options(tmp_path))
-    result["floor_shares"] = {"reprise": {"c1": 0.5}}
-    _, ours, peer, ratio, floor = peers.rows_of_shape("tiny", result, TWO_CELLS)
+    result["floor_shares"] = {"reprise": {"c1": 0.5}, "vllm": {"prefill": 0.5, "prefill, attention counted": 0.6}}
+    _, ours, peer, ratio, floor, peers_floor, counted = peers.rows_of_shape("tiny", result, TWO_CELLS)
     assert ours[:3] == ["reprise", "20.0", "3.0"]
     assert peer[:3] == ["vllm", "–", "3.0"]
     assert ratio[:4] == ["reprise ÷ best peer", "–", "1.00", "(1.00)"]
     assert floor[:3] == ["reprise of the floor", "50%", ""]
+    assert peers_floor[:3] == ["vllm of the floor", "", "50%"]
+    assert counted[:3] == ["vllm of it, attention counted", "", "60%"]
     _, (c1, prefill) = peers.panels("tiny", result, TWO_CELLS)
     assert c1.values == {"reprise": 20.0, "vllm": None}
     assert prefill.values == {"reprise": 3.0, "vllm": 3.0}
@@ -178,7 +188,7 @@ def test_two_real_servers_are_compared(
     assert peers.main([*arguments, "--rounds", "1", "--seconds", "0", "--cells", "c4", "prefill", "shared"]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
     result = json.loads(last)["shapes"]["tiny"]
-    assert [line.split()[0] for line in lines] == ["tiny", "reprise", "vllm", "reprise", "reprise", "vllm"]
+    assert [line.split()[0] for line in lines] == ["tiny", "reprise", "vllm", *["reprise"] * 3, *["vllm"] * 2]
     for name in ("reprise", "vllm"):
         (measured,) = result["rounds"][name]
         assert measured["cells"]["c4"]["num_requests"] == 4
