@@ -19,7 +19,14 @@ from reprise.api.event_ids import (
 )
 from reprise.types import SEED_MAX, SEED_MIN
 
-ORIGIN = Origin(number=bytes(range(16)), created=1_700_000_000, seed=-7, fingerprint=b"finger!!", digest=b"digest!!")
+ORIGIN = Origin(
+    number=bytes(range(16)),
+    created=1_700_000_000,
+    seed=-7,
+    fingerprint=b"finger!!",
+    digest=b"digest!!",
+    prompts=b"asks",
+)
 POSITIONS = [START, Position(0, Phase.BEGUN), Position(1, Phase.BEGUN), Position(2**31, Phase.LAST_TEXT)]
 
 
@@ -36,10 +43,11 @@ def write(origin: Origin, positions: list[Position], *, usage: bool = False) -> 
 origins = st.builds(
     Origin,
     number=st.binary(min_size=16, max_size=16),
-    created=st.integers(0, 2**64 - 1),
+    created=st.integers(0, 2**32 - 1),
     seed=st.integers(SEED_MIN, SEED_MAX),
     fingerprint=st.binary(min_size=8, max_size=8),
     digest=st.binary(min_size=8, max_size=8),
+    prompts=st.binary(min_size=4, max_size=4),
 )
 begun = st.builds(Position, st.integers(0, 2**31), st.sampled_from([Phase.BEGUN, Phase.LAST_TEXT, Phase.FINISHED]))
 
@@ -91,7 +99,7 @@ def test_no_altered_id_is_taken_for_one() -> None:
                     parse(whole[:place] + other + whole[place + 1 :])
 
 
-@pytest.mark.parametrize("text", ["", "7", "1...", "x" * (MAX_LENGTH + 1), "1." + "A" * 64 + ".0.zzzzzzzz", "1.\n"])
+@pytest.mark.parametrize("text", ["", "7", "2...", "x" * (MAX_LENGTH + 1), "2." + "A" * 64 + ".0.zzzzzzzz", "2.\n"])
 def test_what_is_no_id(text: str) -> None:
     with pytest.raises(InvalidEventIdError):
         parse(text)

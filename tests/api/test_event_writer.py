@@ -145,7 +145,9 @@ async def stream_of(
         chunks = CompletionChunks(head, parsed, requests, tokenizer.vocabulary, include_usage=case.include_usage)
     if sent is not None:
         chunks.omit_extension()
-    origin = event_ids.Origin(number=bytes(16), created=1, seed=7, fingerprint=bytes(8), digest=bytes(8))
+    origin = event_ids.Origin(
+        number=bytes(16), created=1, seed=7, fingerprint=bytes(8), digest=bytes(8), prompts=bytes(4)
+    )
     writer = EventWriter(EventIdWriter(origin, len(case.texts)), sent)
     queues = {number: deltas for number, deltas in enumerate(deltas_of(case, tokenizer, requests)) if deltas}
     written, num_read = b"", 0
@@ -209,7 +211,7 @@ def test_a_place_that_the_answer_does_not_have(tokenizer: Tokenizer) -> None:
     """A client may not be sent something else as if it were the rest."""
     case = Case(True, 1, 1, (), False, False, False, False, [0])
     forged = EventId(
-        event_ids.Origin(number=bytes(16), created=1, seed=7, fingerprint=bytes(8), digest=bytes(8)),
+        event_ids.Origin(number=bytes(16), created=1, seed=7, fingerprint=bytes(8), digest=bytes(8), prompts=bytes(4)),
         (event_ids.Position(90, event_ids.Phase.BEGUN),),
         usage_sent=False,
     )

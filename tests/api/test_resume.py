@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import msgspec
 import pytest
+from transformers.utils import chat_template_utils
 
 from reprise.api import retention
 from reprise.errors import GenerationError
+from reprise.settings import Settings
+from reprise.text.tokenizer import Tokenizer
 from reprise.types import ChoiceDelta
 from support.live_api import Answer, of_events
-from support.loopback import Loopback, Start, events_with_ids, eventually
+from support.loopback import Loopback, Start, events_with_ids, eventually, serving
 from support.scripted_engine import READY, ScriptedEngine, answer_deltas
+from support.tiny_tokenizers import add_start_token, byte_level, save_model
 
 pytestmark = pytest.mark.anyio
 
@@ -83,6 +90,27 @@ async def test_a_resumed_stream_is_the_same_response(server: Loopback, engine: S
     assert first["reprise"]["seed"] == engine.requests[0].sampling.seed == engine.requests[1].sampling.seed
     assert engine.requests[0].request_id == engine.requests[1].request_id
     assert [event_id for _, event_id in rest][-2] == whole[-2][1]
+
+
+async def test_a_stream_goes_on_with_its_own_prompt_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A template that asks for the time makes another prompt of the same request later."""
+    tokenizer = Tokenizer.load(
+        str(save_model(tmp_path, add_start_token(byte_level()))),
+        chat_template="{{ strftime_now('%d %B') }}: {{ messages[0].content }}",
+    )
+    clock = SimpleNamespace(now=lambda: datetime(2023, 11, 14, 23, 59, tzinfo=UTC))
+    monkeypatch.setattr(chat_template_utils, "datetime", clock)
+    engine = ScriptedEngine(tokenizer)
+    async with serving(Settings(served_model_name=["test/model"]), tokenizer, engine) as server:
+        whole = await whole_of(server, CHAT, HELLO)
+        assert folded(whole[:2], await events_after(server, CHAT, HELLO, whole[1][1])) == folded(whole)
+        clock.now = lambda: datetime(2023, 11, 15, tzinfo=UTC)
+        refused = await resume(server, CHAT, HELLO, whole[1][1])
+        assert server.app.state.service.admission.num_reserved == 0
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "cannot_resume")
+    assert "other tokens now" in refused.json()["error"]["message"]
+    prompts = [tokenizer.decode(one.prompt_token_ids, skip_special_tokens=True) for one in engine.requests]
+    assert prompts == ["14 November: Hello"] * 2
 
 
 async def test_a_cut_where_the_second_time_all_comes_at_once(server: Loopback, engine: ScriptedEngine) -> None:

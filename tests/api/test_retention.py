@@ -62,7 +62,14 @@ class World:
 
     def find(self, generation: Generation, *, owner: bytes = b"", digest: bytes = b"digest", **facts: Any) -> Any:
         head = generation.head
-        values: dict[str, Any] = {"number": bytes(16), "created": 1, "seed": 7, "fingerprint": b"", "digest": b""}
+        values: dict[str, Any] = {
+            "number": bytes(16),
+            "created": 1,
+            "seed": 7,
+            "fingerprint": b"",
+            "digest": b"",
+            "prompts": b"",
+        }
         sent = EventId(Origin(**(values | facts)), (), usage_sent=False)
         return self.generations.find(sent, head.id, owner=owner, digest=digest)
 

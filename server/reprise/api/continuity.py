@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 
 import msgspec
 from pydantic import BaseModel
@@ -75,14 +76,23 @@ def digest(parameters: BaseModel, endpoint: str) -> bytes:
     return hashlib.sha256(f"{endpoint}\0{text}".encode(errors="surrogatepass")).digest()
 
 
-def origin(head: ResponseHead, request_digest: bytes) -> Origin:
-    """What the ids of a response's events have in common."""
+def prompt_digest(requests: Sequence[GenerationRequest]) -> bytes:
+    """32 bytes, equal for equal tokens of all prompts. Not for the event loop."""
+    found = hashlib.sha256()
+    for request in requests:
+        found.update(msgspec.json.encode(request.prompt_token_ids))
+    return found.digest()
+
+
+def origin(head: ResponseHead, request_digest: bytes, prompts: bytes) -> Origin:
+    """What the ids of a response's events have in common. prompts: their `prompt_digest`."""
     return Origin(
         number=bytes.fromhex(head.id.rpartition("-")[2]),
         created=head.created,
         seed=head.extension.seed,
         fingerprint=_fingerprint_bytes(head.system_fingerprint),
         digest=request_digest[:8],
+        prompts=prompts[:4],
     )
 
 
@@ -106,6 +116,18 @@ def check_belongs(sent: EventId, *, num_choices: int, digest: bytes, system_fing
         )
     if sent.origin.digest != digest[:8] or len(sent.positions) != num_choices:
         raise _invalid("it belongs to another request; send the very same body again")
+
+
+def check_prompts(sent: EventId, prompts: bytes) -> None:
+    """Raise HttpError 409 where the same request makes other prompts now. prompts: their `prompt_digest`.
+
+    As with a chat template that asks for the date.
+    """
+    if sent.origin.prompts != prompts[:4]:
+        raise cannot_resume(
+            "the request's prompt has other tokens now than when it was begun, as where the model's chat template"
+            " asks for the date"
+        )
 
 
 def check_positions(sent: EventId, requests: list[GenerationRequest]) -> None:

@@ -3,12 +3,12 @@
 A chunk has no number that would be the same next time: chunks grow while a client is slow, and choices take turns as
 they come. So an id is a position. Its text is opaque to clients:
 
-    1.<48 bytes in base64url>.<a position for each choice, joined by "-">[u].<crc32 of all before, in hexadecimal>
+    2.<48 bytes in base64url>.<a position for each choice, joined by "-">[u].<crc32 of all before, in hexadecimal>
 
-The bytes are the response's own number (16), `created` (8), the seed (8, signed), the system fingerprint (8) and the
-first 8 of the request's digest, big-endian. A position is empty where nothing of the choice was sent, else the number
-of tokens behind what was sent, with "l" where that was all of its text and "f" where its finish reason was sent too.
-"u" says that the usage was sent. Ids of one response differ after the second dot only.
+The bytes are the response's own number (16), `created` (4), the seed (8, signed), the system fingerprint (8), the
+first 8 of the request's digest and the first 4 of the prompts', big-endian. A position is empty where nothing of the
+choice was sent, else the number of tokens behind what was sent, with "l" where that was all of its text and "f" where
+its finish reason was sent too. "u" says that the usage was sent. Ids of one response differ after the second dot only.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from typing import NamedTuple
 
 import msgspec
 
-VERSION = "1"
+VERSION = "2"
 MAX_LENGTH = 32 * 1024
 """Characters of an id at most: half of what a request's head may have."""
-_FACTS = struct.Struct(">16sQq8s8s")
-_FORM = re.compile(r"1\.(?P<facts>[A-Za-z0-9_-]{64})\.(?P<positions>[0-9lf-]*)(?P<usage>u?)\.(?P<checksum>[0-9a-f]{8})")
+_FACTS = struct.Struct(">16sIq8s8s4s")
+_FORM = re.compile(r"2\.(?P<facts>[A-Za-z0-9_-]{64})\.(?P<positions>[0-9lf-]*)(?P<usage>u?)\.(?P<checksum>[0-9a-f]{8})")
 _POSITION = re.compile(r"(?P<num_tokens>0|[1-9][0-9]{0,9})(?P<phase>[lf]?)")
 
 
@@ -63,6 +63,8 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
     """8 bytes of the system fingerprint."""
     digest: bytes
     """The first 8 bytes of the request's digest."""
+    prompts: bytes
+    """The first 4 bytes of a digest of the prompts' tokens."""
 
 
 class EventId(msgspec.Struct, frozen=True):
@@ -81,7 +83,7 @@ class EventIdWriter:
     """Writes the ids of one stream while its positions move on."""
 
     def __init__(self, origin: Origin, num_choices: int) -> None:
-        facts = _FACTS.pack(origin.number, origin.created, origin.seed, origin.fingerprint, origin.digest)
+        facts = _FACTS.pack(*msgspec.structs.astuple(origin))
         self._prefix = f"{VERSION}.{urlsafe_b64encode(facts).decode()}.".encode()
         self._prefix_checksum = binascii.crc32(self._prefix)
         self._positions = [""] * num_choices
@@ -109,8 +111,8 @@ def parse(text: str) -> EventId:
     signed, _, checksum = text.rpartition(".")
     if binascii.crc32(f"{signed}.".encode()) != int(checksum, 16):
         raise InvalidEventIdError("it is damaged: its checksum is not right")
-    number, created, seed, fingerprint, digest = _FACTS.unpack(b64decode(match["facts"], altchars=b"-_"))
-    origin = Origin(number=number, created=created, seed=seed, fingerprint=fingerprint, digest=digest)
+    facts = _FACTS.unpack(b64decode(match["facts"], altchars=b"-_"))
+    origin = Origin(**dict(zip(Origin.__struct_fields__, facts, strict=True)))
     positions = tuple(_parse_position(piece) for piece in match["positions"].split("-"))
     usage_sent = bool(match["usage"])
     if usage_sent and any(position.phase is not Phase.FINISHED for position in positions):

@@ -47,6 +47,8 @@ class Submitted:
     keep_seconds_after_end: float = 0.0
     num_body_bytes: int = 0
     """Of the request as it came."""
+    prompt_digest: bytes = b""
+    """Of the prompts' tokens, for those who may read it again."""
     recomputed: bool = False
     """Whether a client brought its id: it has had a part of this response before."""
 

@@ -111,7 +111,8 @@ async def respond(request: Request, endpoint: Endpoint[Parameters, Chunk]) -> Re
         chunks.omit_extension()
     headers, mask = _headers(obtained), mask_parameter(parameters)
     if parameters.stream:
-        ids = EventIdWriter(continuity.origin(generation.head, call.digest), call.num_choices)
+        origin = continuity.origin(generation.head, call.digest, generation.submitted.prompt_digest)
+        ids = EventIdWriter(origin, call.num_choices)
         return sse.EventStream(
             _events(
                 obtained.reader,

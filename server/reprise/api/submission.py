@@ -123,6 +123,12 @@ async def _begin(service: Service, call: Call, how: How, *, key: bytes | None = 
     return obtained
 
 
+def _tokenised(call: Call, response_id: str, seed: int) -> tuple[list[GenerationRequest], bytes]:
+    """What the engine is asked, and the digest of the prompts. Not for the event loop."""
+    requests = call.to_generation(response_id, seed)
+    return requests, continuity.prompt_digest(requests)
+
+
 async def _submit(service: Service, call: Call, how: How, key: bytes | None) -> Obtained:
     """Tokenise and enqueue. This is where every generation begins."""
     parameters, sent = call.parameters, call.asked.sent
@@ -134,8 +140,9 @@ async def _submit(service: Service, call: Call, how: How, key: bytes | None) -> 
     with ExitStack() as undo:
         ticket = service.admission.reserve(call.num_choices)
         undo.callback(ticket.release)
-        requests = await service.text_threads.run(call.to_generation, response_id, seed)
+        requests, prompt_digest = await service.text_threads.run(_tokenised, call, response_id, seed)
         if sent is not None:
+            continuity.check_prompts(sent, prompt_digest)
             continuity.check_positions(sent, requests)
         # A drain may have begun while the prompt was made.
         service.check_available()
@@ -163,6 +170,7 @@ async def _submit(service: Service, call: Call, how: How, key: bytes | None) -> 
                 streams=streams,
                 ticket=ticket,
                 digest=call.digest,
+                prompt_digest=prompt_digest,
                 owner=call.asked.owner,
                 idempotency_slot=key,
                 retain_seconds=0.0 if "retain_seconds" in ignored else parameters.retain_seconds or 0.0,
