@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import msgspec
 import pytest
 
+from reprise.api import completions
 from reprise.api.sampling import (
     MAX_GENERATED_SEED,
+    MAX_IDS_TO_CHECK,
     Served,
     check_request,
     check_size,
@@ -20,6 +23,7 @@ from reprise.api.sampling import (
 from reprise.errors import ContextLengthError, InvalidRequestError
 from reprise.protocol.requests import ChatCompletionRequest, CompletionRequest
 from reprise.text.tokenizer import Tokenizer
+from reprise.text.vocabulary import Vocabulary
 from reprise.types import SamplingParams, StopStrings
 
 
@@ -306,6 +310,40 @@ def test_masks_that_leave_no_first_token(served: Served) -> None:
     ]
     for fields in accepted:
         resolve(served, **fields)
+
+
+def test_no_more_ids_are_compared_with_bad_words_than_takes_a_moment(tokenizer: Tokenizer) -> None:
+    """The engine finds out about more."""
+
+    class Counted(bytes):
+        num_comparisons = 0
+
+        def __contains__(self, word: Any) -> bool:
+            Counted.num_comparisons += 1
+            return super().__contains__(word)
+
+    served = Served(tokenizer=copy(tokenizer), max_sequence_tokens=9, vocab_size=5000, max_choices=128, defaults={})
+    served.tokenizer.vocabulary = Vocabulary([Counted(b"a b")] * 5000, [], exact=True)
+    words = ["b", *(chr(ord("A") + n) for n in range(25))]
+    with pytest.raises(InvalidRequestError, match="leaves no token"):
+        resolve(served, allowed_token_ids=[*range(MAX_IDS_TO_CHECK)], bad_words=words[::-1])
+    assert Counted.num_comparisons == MAX_IDS_TO_CHECK * len(words)
+    assert resolve(served, allowed_token_ids=[*range(5000)], bad_words=words[::-1]).allowed_token_ids is not None
+    assert Counted.num_comparisons == MAX_IDS_TO_CHECK * len(words)
+
+
+def test_what_all_prompts_share_is_resolved_once(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def resolve_once(*args: Any, **kwargs: Any) -> SamplingParams:
+        calls.append(kwargs["max_tokens"])
+        return resolve_sampling(*args, **kwargs)
+
+    monkeypatch.setattr(completions, "resolve_sampling", resolve_once)
+    body = request(prompt=["a", "b c", "a" * 95], max_tokens=9, allowed_token_ids=[5], bad_words=["x"])
+    made = completions.to_generation(body, served, response_id="r", seed=1)
+    assert calls == [9]
+    assert [one.sampling.max_tokens for one in made] == [min(9, 100 - len(one.prompt_token_ids)) for one in made]
 
 
 def test_bad_words_are_bounded_together(served: Served) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import cast
 
+import msgspec
+
 from reprise.api.sampling import (
     Served,
     check_num_ids,
@@ -63,30 +65,30 @@ def to_generation(
     same answer twice. With `echo` the prompt's log-probabilities are computed as well. Raises
     InvalidRequestError.
     """
-    num_prompt_logprobs = request.logprobs if request.echo else None
-    generations = []
-    for number, prompt in enumerate(prompts_of(request)):
-        token_ids = _encode(prompt, number, request, served)
-        max_tokens = resolve_max_tokens(request, len(token_ids), served, default=DEFAULT_MAX_TOKENS, param="prompt")
-        sampling = resolve_sampling(
-            request,
-            served,
-            seed=seed,
-            max_tokens=max_tokens,
-            num_logprobs=request.logprobs,
-            num_prompt_logprobs=num_prompt_logprobs,
+    prompts = [_encode(prompt, number, request, served) for number, prompt in enumerate(prompts_of(request))]
+    limits = [
+        resolve_max_tokens(request, len(token_ids), served, default=DEFAULT_MAX_TOKENS, param="prompt")
+        for token_ids in prompts
+    ]
+    sampling = resolve_sampling(
+        request,
+        served,
+        seed=seed,
+        max_tokens=max(limits),
+        num_logprobs=request.logprobs,
+        num_prompt_logprobs=request.logprobs if request.echo else None,
+    )
+    return [
+        GenerationRequest(
+            request_id=f"{response_id}-{number}",
+            prompt_token_ids=token_ids,
+            sampling=msgspec.structs.replace(sampling, max_tokens=max_tokens),
+            num_choices=request.n or 1,
+            stop=resolve_stop(request),
+            skip_special_tokens=request.skip_special_tokens is not False,
         )
-        generations.append(
-            GenerationRequest(
-                request_id=f"{response_id}-{number}",
-                prompt_token_ids=token_ids,
-                sampling=sampling,
-                num_choices=request.n or 1,
-                stop=resolve_stop(request),
-                skip_special_tokens=request.skip_special_tokens is not False,
-            )
-        )
-    return generations
+        for number, (token_ids, max_tokens) in enumerate(zip(prompts, limits, strict=True))
+    ]
 
 
 def _encode(prompt: str | list[int], number: int, request: CompletionRequest, served: Served) -> list[int]:
