@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from reprise.api import completions
+from reprise.api import chat, completions
 from reprise.api.sampling import (
     MAX_GENERATED_SEED,
     MAX_IDS_TO_CHECK,
@@ -352,3 +352,32 @@ def test_bad_words_are_bounded_together(served: Served) -> None:
     with pytest.raises(InvalidRequestError, match="16896 bytes") as raised:
         resolve(served, bad_words=words)
     assert (raised.value.param, raised.value.code) == ("bad_words", "too_many_values")
+
+
+def test_text_with_tokens_that_the_model_does_not_have(served: Served) -> None:
+    """As where a token was added to the tokenizer and the model was never made larger."""
+    ids = served.tokenizer.encode("Hello x", add_special_tokens=False)
+    small = msgspec.structs.replace(served, vocab_size=max(ids))
+    spelt = served.tokenizer.vocabulary.data(max(ids)).decode()
+    messages = [{"role": "user", "content": "Hello x"}]
+    chats: list[dict[str, Any]] = [
+        {"messages": messages},
+        {"messages": [messages[0] | {"content": "a"}], "prediction": {"type": "content", "content": "Hello x"}},
+    ]
+    for param, body in zip(("messages", "prediction.content"), chats, strict=True):
+        with pytest.raises(InvalidRequestError) as refused:
+            chat.to_generation(ChatCompletionRequest.model_validate(body), small, response_id="r", seed=1)
+        assert (refused.value.param, refused.value.code) == (param, "token_id_out_of_range")
+    for prompt in ("Hello x", ["a", "Hello x"]):
+        with pytest.raises(InvalidRequestError, match=f"token {max(ids)}, '{spelt}'"):
+            completions.to_generation(request(prompt=prompt), small, response_id="r", seed=1)
+    none = msgspec.structs.replace(served, vocab_size=0)
+    with pytest.raises(InvalidRequestError, match="Invalid 'prompt': its text has token"):
+        completions.to_generation(request(prompt=""), none, response_id="r", seed=1)
+
+
+def test_an_answer_ends_with_tokens_that_can_be_sampled(served: Served) -> None:
+    ends = served.tokenizer.end_token_ids
+    assert resolve(served).end_token_ids == ends
+    small = msgspec.structs.replace(served, vocab_size=max(ends))
+    assert resolve(small).end_token_ids == tuple(token_id for token_id in ends if token_id != max(ends))

@@ -11,6 +11,7 @@ from reprise.api.sampling import (
     Served,
     check_request,
     check_size,
+    check_text_ids,
     resolve_max_tokens,
     resolve_sampling,
     resolve_stop,
@@ -142,6 +143,7 @@ def encode_prediction(request: ChatCompletionRequest, served: Served) -> list[in
     token_ids: list[int] = []
     if num_tokens <= limit:
         token_ids = served.tokenizer.encode(text, add_special_tokens=False)
+        check_text_ids(token_ids, served, param="prediction.content")
         num_tokens = len(token_ids)
     if num_tokens > limit:
         raise ContextLengthError(
@@ -172,6 +174,7 @@ def to_generation(
     token_ids = encode_messages(
         request.messages, request, served.tokenizer, add_special_tokens=bool(request.add_special_tokens)
     )
+    check_text_ids(token_ids, served, param="messages")
     max_tokens = resolve_max_tokens(request, len(token_ids), served, default=None, param="messages")
     num_logprobs = (request.top_logprobs or 0) if request.logprobs else None
     return [

@@ -11,6 +11,7 @@ from reprise.api.sampling import (
     check_num_ids,
     check_request,
     check_size,
+    check_text_ids,
     check_token_ids,
     resolve_max_tokens,
     resolve_sampling,
@@ -103,11 +104,11 @@ def _encode(prompt: str | list[int], number: int, request: CompletionRequest, se
         several = isinstance(request.prompt, list) and isinstance(request.prompt[0], list)
         check_token_ids(prompt, served.num_token_ids, f"prompt[{number}]" if several else "prompt")
         token_ids = prompt
-    if token_ids:
-        return token_ids
-    if not tokenizer.start_token_ids:
+    token_ids = token_ids or tokenizer.start_token_ids
+    if not token_ids:
         raise InvalidRequestError(
             "The prompt is empty, and this model has no start token to generate from. Give it some text.",
             param="prompt",
         )
-    return list(tokenizer.start_token_ids)
+    check_text_ids(token_ids, served, param="prompt")
+    return list(token_ids)

@@ -41,6 +41,11 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
         """Ids below this are tokens: the model has rows for them and the tokenizer knows them."""
         return min(self.vocab_size, self.tokenizer.vocabulary.size)
 
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer, of those that can be sampled."""
+        return tuple(token_id for token_id in self.tokenizer.end_token_ids if token_id < self.vocab_size)
+
 
 def choose_seed(request: GenerationParameters) -> int:
     """The request's seed, or a random one from 0 to 2**53 - 1."""
@@ -198,7 +203,7 @@ def resolve_sampling(
         logit_bias=_logit_bias(request.logit_bias or {}, served),
         allowed_token_ids=_token_ids(request.allowed_token_ids, served, "allowed_token_ids"),
         bad_words=_bad_words(request.bad_words or [], served),
-        end_token_ids=() if request.ignore_eos else served.tokenizer.end_token_ids,
+        end_token_ids=() if request.ignore_eos else served.end_token_ids,
         stop_token_ids=_token_ids(request.stop_token_ids, served, "stop_token_ids") or (),
         num_logprobs=num_logprobs,
         num_prompt_logprobs=num_prompt_logprobs,
@@ -252,6 +257,19 @@ def check_token_ids(token_ids: Sequence[int], limit: int, param: str) -> None:
                 param=f"{param}[{index}]",
                 code="token_id_out_of_range",
             )
+
+
+def check_text_ids(token_ids: Sequence[int], served: Served, param: str) -> None:
+    """Raise InvalidRequestError where a text has a token that the tokenizer knows and the model has no row for."""
+    unknown = next((token_id for token_id in token_ids if token_id >= served.vocab_size), None)
+    if unknown is not None:
+        spelt = served.tokenizer.vocabulary.data(unknown).decode(errors="replace")
+        raise InvalidRequestError(
+            f"Invalid '{param}': its text has token {unknown}, {spelt!r}, of which the model knows nothing: its own"
+            f" are 0 to {served.vocab_size - 1}. Leave it out.",
+            param=param,
+            code="token_id_out_of_range",
+        )
 
 
 def _token_ids(token_ids: list[int] | None, served: Served, param: str) -> tuple[int, ...] | None:
