@@ -54,6 +54,15 @@ def test_encode_and_back(message: msgspec.Struct, data: str) -> None:
     assert events(encoded.decode()) == [json.loads(data)]
 
 
+def test_no_client_finds_a_line_end_within_the_data() -> None:
+    """`str.splitlines`, which httpx's `iter_lines` is made with, knows further ones than JSON escapes."""
+    text = "".join(character for character in map(chr, range(0x3000)) if len(f"a{character}b".splitlines()) > 1)
+    assert {"\n", "\x85", "\u2028", "\u2029"} < {*text}
+    encoded = sse.encode(Readiness("ready", f"ä{text}"), event_id=b"2.x.3").decode()
+    assert len(encoded.splitlines()) == 3
+    assert events_with_ids(encoded) == [({"status": "ready", "reason": f"ä{text}"}, "2.x.3")]
+
+
 def test_an_id_comes_after_the_data() -> None:
     """Who reads line by line and has seen the id has seen the data."""
     encoded = sse.encode(Readiness("ready", "yes"), event_id=b"1.x.3")

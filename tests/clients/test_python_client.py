@@ -165,12 +165,25 @@ def test_errors_of_the_transport_are_ours() -> None:
 def test_decoder_skips_comments_and_joins_lines_of_one_event() -> None:
     decoder = StreamDecoder(None)
     text = ': keep-alive\n\nevent: x\ndata: {"choices":\ndata:[{"index": 1, "text": "é", "finish_reason": "stop"}]}\n\n'
-    (chunk,) = [chunk for line in text.split("\n") for chunk in decoder.feed(line)]
+    (chunk,) = [chunk for byte in text.encode() for chunk in decoder.feed(bytes([byte]))]
     assert (chunk.index, chunk.text, chunk.finish_reason) == (1, "é", "stop")
-    assert decoder.feed("data: [DONE]") == []
-    assert decoder.feed("") == []
+    assert [*decoder.feed(b"data: [DONE]\r\n"), *decoder.feed(b"\r")] == []
+    assert not decoder.done
+    assert [*decoder.feed(b"\n")] == []
     assert decoder.done
     decoder.end()
+
+
+def test_a_text_may_have_characters_that_python_takes_for_line_ends() -> None:
+    text = "a\u2028b\u2029c\x85d"
+    data = json.dumps(
+        {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]}, ensure_ascii=False
+    )
+    with (
+        client(streaming(f"data: {data}\n\ndata: [DONE]\n\n")) as reprise,
+        reprise.stream_chat("Hi") as stream,
+    ):
+        assert [chunk.text for chunk in stream] == [text]
 
 
 @pytest.mark.parametrize("url", ["http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"])

@@ -27,14 +27,21 @@ DONE = b"data: [DONE]\n\n"
 _encoder = msgspec.json.Encoder()
 
 
+_OTHER_LINE_ENDS = {character.encode(): f"\\u{ord(character):04x}".encode() for character in "\x85\u2028\u2029"}
+"""Line ends that JSON leaves as they are, as JSON writes them otherwise."""
+
+
 def encode(message: msgspec.Struct | ErrorResponse, *, event_id: bytes | None = None) -> bytes:
-    """One event with a JSON object. JSON escapes line breaks, so there is one `data:` line.
+    """One event with a JSON object, which is one `data:` line: all that a client may take for a line's end is escaped.
 
     The id comes last: who has read it has read the data, even if he looks at lines and not at events.
     """
+    data = _encoder.encode(message)
+    for character, escaped in _OTHER_LINE_ENDS.items():
+        data = data.replace(character, escaped)
     if event_id is None:
-        return b"data: " + _encoder.encode(message) + b"\n\n"
-    return b"data: " + _encoder.encode(message) + b"\nid: " + event_id + b"\n\n"
+        return b"data: " + data + b"\n\n"
+    return b"data: " + data + b"\nid: " + event_id + b"\n\n"
 
 
 class EventStream(EventSourceResponse):

@@ -72,8 +72,8 @@ class Stream:
                             raise StreamBrokenError("the stream was closed", request_id=self.request_id)
                         decoder.restart()
                     with connection_errors():
-                        for line in self._response.iter_lines():
-                            yield from decoder.feed(line)
+                        for data in self._response.iter_bytes():
+                            yield from decoder.feed(data)
                     decoder.end()
                     return
                 except ClientError as error:

@@ -63,8 +63,8 @@ class AsyncStream:
                             raise StreamBrokenError("the stream was closed", request_id=self.request_id)
                         decoder.restart()
                     with connection_errors():
-                        async for line in self._response.aiter_lines():
-                            for chunk in decoder.feed(line):
+                        async for data in self._response.aiter_bytes():
+                            for chunk in decoder.feed(data):
                                 yield chunk
                     decoder.end()
                     return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from reprise_client.errors import APIError, ClientError, StreamBrokenError
@@ -110,7 +110,7 @@ def _parse_usage(usage: Mapping[str, Any]) -> Usage:
 
 
 class StreamDecoder:
-    """Lines of a server-sent event stream to chunks; `done` once the server has said that it is complete.
+    """The bytes of a server-sent event stream to chunks; `done` once the server has said that it is complete.
 
     `num_events` counts the whole ones that were no error, `last_event_id` is the id of the last that had one.
     """
@@ -120,6 +120,7 @@ class StreamDecoder:
         self.num_events = 0
         self.last_event_id: str | None = None
         self._request_id = request_id
+        self._rest = b""
         self._data: list[str] = []
         self._event_id: str | None = None
 
@@ -130,10 +131,19 @@ class StreamDecoder:
 
     def restart(self) -> None:
         """Another connection goes on after the last whole event."""
-        self._data, self._event_id = [], None
+        self._rest, self._data, self._event_id = b"", [], None
 
-    def feed(self, line: str) -> list[Chunk]:
-        """The chunks that this line completes. Raises APIError where the server reports one in the stream."""
+    def feed(self, data: bytes) -> Iterator[Chunk]:
+        """The chunks that these bytes complete. Raises APIError where the server reports one in the stream.
+
+        Only what ends a line of such a stream ends one here: a text may have other characters that `str.splitlines`,
+        and httpx's lines with it, take for the end of a line.
+        """
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            yield from self._feed_line(line.removesuffix(b"\r").decode(errors="replace"))
+
+    def _feed_line(self, line: str) -> list[Chunk]:
         if line.startswith("data:"):
             self._data.append(line[5:].removeprefix(" "))
             return []
