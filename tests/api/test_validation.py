@@ -218,6 +218,14 @@ def test_unknown_fields_of_other_requests() -> None:
     assert "Did you mean 'prompt'?" in refused(TokenizeRequest, {"promt": "a"}).message
 
 
+def test_a_schema_is_made_once_for_the_names_that_a_suggestion_is_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients send members of messages that are not known here, each time that they are refused."""
+    body = {"messages": [{"role": "user", "content": "a", "reasoning_contents": "x"}]}
+    first = refused(ChatCompletionRequest, body).message
+    monkeypatch.setattr(ChatCompletionRequest, "model_json_schema", pytest.fail)
+    assert refused(ChatCompletionRequest, body).message == first
+
+
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
 @pytest.mark.parametrize("name", ["temperature", "seed", "prompt", "logit_bias", "chat_template_kwargs.x", "stop"])
 def test_what_is_no_number_names_its_field(name: str, number: str) -> None:

@@ -7,7 +7,8 @@ object the last one counts, as in most parsers.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import cache
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -168,11 +169,13 @@ def _kind(value: object) -> str:
 
 
 def _suggestion(model: type[BaseModel], path: Sequence[str | int]) -> str:
-    known = list(model.model_fields) if len(path) == 1 else list(_nested_names(model))
+    known = tuple(model.model_fields) if len(path) == 1 else _nested_names(model)
     nearest = difflib.get_close_matches(str(path[-1])[:_MAX_SHOWN_NAME], known, n=1)
     return f" Did you mean '{nearest[0]}'?" if nearest else ""
 
 
-def _nested_names(model: type[BaseModel]) -> Iterator[str]:
-    for definition in model.model_json_schema().get("$defs", {}).values():
-        yield from definition.get("properties", {})
+@cache
+def _nested_names(model: type[BaseModel]) -> tuple[str, ...]:
+    """Names of the members of all objects within a body. A schema takes as long as hundreds of requests."""
+    definitions = model.model_json_schema().get("$defs", {}).values()
+    return tuple(dict.fromkeys(name for definition in definitions for name in definition.get("properties", {})))
