@@ -47,6 +47,21 @@ def test_a_start_token_that_was_added_is_not_in_the_text() -> None:
     assert writer.generated([entry(5)]).text_offset == [5]
 
 
+def test_a_space_that_the_tokenizer_put_before_the_text_is_not_in_it() -> None:
+    writer = LegacyLogprobsWriter(Vocabulary([b"<s>", b" The", b" quick", b" brown"], [0], exact=True))
+    arrays = writer.prompt("The quick", [0, 1, 2], [None, entry(1), entry(2)])
+    assert (arrays.tokens, arrays.text_offset) == (["<s>", " The", " quick"], [0, 0, 3])
+    assert writer.generated([entry(2)]).text_offset == [9]
+
+
+def test_what_is_generated_begins_where_the_text_ends() -> None:
+    """A tokenizer may read another text than was given, as one that has no capital letters and no accents."""
+    writer = LegacyLogprobsWriter(VOCABULARY)
+    writer.prompt("Hello  e\u0301", [1], [None])
+    assert writer.generated([entry(2), entry(5)]).text_offset == [9, 15]
+    assert LegacyLogprobsWriter(VOCABULARY).prompt("", [0], [None]).text_offset == [0]
+
+
 def test_a_start_token_that_was_written_is_in_the_text() -> None:
     writer = LegacyLogprobsWriter(VOCABULARY)
     assert writer.prompt("<s>Hello", [0, 1], [None, entry(1)]).text_offset == [0, 3]

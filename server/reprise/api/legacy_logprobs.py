@@ -25,6 +25,11 @@ class _TextPosition:
     def num_characters(self) -> int:
         return self._num_characters
 
+    def move_to(self, num_characters: int) -> None:
+        """Go on behind so many characters, unless one has begun that is not complete."""
+        if not self._decoder.getstate()[0]:
+            self._num_characters = num_characters
+
     def push(self, data: bytes) -> int:
         """Take in a token's bytes. Returns the index of the character that its first byte belongs to."""
         begun = bool(self._decoder.getstate()[0])
@@ -51,7 +56,8 @@ class LegacyLogprobsWriter:
     def prompt(self, text: str, token_ids: Sequence[int], entries: Sequence[LogprobEntry | None]) -> LegacyLogprobs:
         """The arrays of an echoed prompt; the first token has no probability.
 
-        Special tokens that the tokenizer added are in the arrays and not in the text.
+        Special tokens that the tokenizer added are in the arrays and not in the text, nor is a space that it put
+        before a word. What is generated begins where the text ends, also where the tokenizer reads another one.
         """
         arrays = LegacyLogprobs([], [], [], [])
         end = 0
@@ -60,8 +66,11 @@ class LegacyLogprobsWriter:
             self._append(arrays, _spelt(data), entry)
             if token_id in self._vocabulary.special_token_ids and not text.startswith(data.decode(), end):
                 data = b""
+            elif data.startswith(b" ") and not text.startswith(" ", end):
+                data = data[1:]
             arrays.text_offset.append(self._position.push(data))
             end = self._position.num_characters
+        self._position.move_to(len(text))
         return arrays
 
     def generated(self, entries: Sequence[LogprobEntry]) -> LegacyLogprobs:
