@@ -133,5 +133,7 @@ async def test_preflight_needs_no_key_and_errors_have_cors_headers(start: Start)
         response = await server.get("/v1/models", headers={"Origin": origin})
         assert response.status_code == 401
         assert response.headers["access-control-allow-origin"] == origin
+        # Without these a client in a browser repeats what it should not, or too soon.
+        assert {"retry-after", "x-should-retry"} < {*response.headers["access-control-expose-headers"].split(", ")}
         response = await server.get("/v1/models", headers={"Origin": "https://evil.example"})
         assert "access-control-allow-origin" not in response.headers

@@ -235,6 +235,16 @@ def test_a_chat_response_is_what_a_client_makes_of_its_stream(
     assert whole["reprise"] == stream[0]["reprise"]
 
 
+@pytest.mark.parametrize("tier", [None, "auto", "priority"])
+def test_the_tier_that_served_is_said_where_one_was_asked_for(tier: str | None) -> None:
+    chunks = ChatChunks(head_of(1, 1), request(service_tier=tier), include_usage=True)
+    made = [placed.chunk for placed in chunks.push(ChoiceDelta(index=0, text="a", finish_reason=FinishReason.STOP))]
+    made.append(chunks.end()[0].chunk)
+    for body in (*map(as_json, made), as_json(folded(ChatFold(), made))):
+        assert body.get("service_tier") == (None if tier is None else "default")
+        assert ("service_tier" in body) == (tier is not None)
+
+
 @given(runs(), st.booleans(), st.booleans())
 def test_a_completion_is_what_a_client_makes_of_its_stream(
     run: tuple[int, int, list[ChoiceDelta]], logprobs: bool, echo: bool

@@ -37,6 +37,8 @@ EXPOSED_HEADERS = [
     "x-reprise-seed",
     "x-reprise-ignored-parameters",
     "idempotent-replayed",
+    "retry-after",
+    "x-should-retry",
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from msgspec import UNSET
 
@@ -36,9 +37,8 @@ class ChatChunks(ResponseChunks[ChatChunkChoice, ChatCompletionChunk]):
         include_usage: bool,
         prediction_token_ids: Sequence[int] = (),
     ) -> None:
-        super().__init__(
-            head, ChatCompletionChunk, include_usage=include_usage, prediction_token_ids=prediction_token_ids
-        )
+        make_chunk = partial(ChatCompletionChunk, service_tier=UNSET if request.service_tier is None else "default")
+        super().__init__(head, make_chunk, include_usage=include_usage, prediction_token_ids=prediction_token_ids)
         self._logprobs = bool(request.logprobs)
         self._token_ids = bool(request.return_token_ids)
 
@@ -97,6 +97,7 @@ class ChatFold:
             created=first.created,
             model=first.model,
             system_fingerprint=first.system_fingerprint,
+            service_tier=first.service_tier,
             choices=[self._choices[index] for index in sorted(self._choices)],
             usage=self._usage,
             reprise=first.reprise,

@@ -83,6 +83,10 @@ class ChatDelta(Struct, frozen=True):
     content: str | UnsetType = UNSET
 
 
+ServiceTier = Literal["default"] | UnsetType
+"""There is one tier, which is said where a request asks for any."""
+
+
 class ChatChunkChoice(Struct, frozen=True):
     index: int
     delta: ChatDelta
@@ -98,6 +102,7 @@ class ChatCompletionChunk(Struct, frozen=True, kw_only=True):
     created: int
     model: str
     system_fingerprint: str
+    service_tier: ServiceTier = UNSET
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
     reprise: RepriseExtension | UnsetType = UNSET
@@ -124,6 +129,7 @@ class ChatCompletion(Struct, frozen=True, kw_only=True):
     created: int
     model: str
     system_fingerprint: str
+    service_tier: ServiceTier = UNSET
     choices: list[ChatChoice]
     usage: Usage
     reprise: RepriseExtension
