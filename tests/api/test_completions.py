@@ -113,3 +113,25 @@ def test_echoed_texts(tokenizer: Tokenizer) -> None:
     assert echoed_texts(request(prompt="你好"), tokenizer.vocabulary) == ["你好"]
     assert echoed_texts(request(prompt=ids), tokenizer.vocabulary) == ["<s>你好 x"]
     assert echoed_texts(request(), tokenizer.vocabulary) == [""]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": [[5] * 90] * 64, "logprobs": 20, "n": 2},
+        {"prompt": [[5] * 90] * 128, "logprobs": 20},
+    ],
+    ids=["choices", "prompts"],
+)
+def test_echoed_prompts_have_a_bounded_number_of_logprobs(
+    served: Served, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_logprobs = 128 * 90 * 21
+    monkeypatch.setattr(completions, "MAX_PROMPT_LOGPROBS", num_logprobs)
+    assert generations(served, **body, echo=True)
+    monkeypatch.setattr(completions, "MAX_PROMPT_LOGPROBS", num_logprobs - 1)
+    with pytest.raises(InvalidRequestError, match="11520 tokens of the prompts of all choices have 21") as refused:
+        generations(served, **body, echo=True)
+    assert (refused.value.param, refused.value.code) == ("logprobs", "too_many_logprobs")
+    assert generations(served, **body)
+    assert generations(served, **body | {"logprobs": None}, echo=True)

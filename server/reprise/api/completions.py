@@ -23,6 +23,8 @@ from reprise.types import GenerationRequest
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's."""
+MAX_PROMPT_LOGPROBS = 2**19
+"""Log-probabilities of all echoed prompts of a response, alternatives included: some 100 MB."""
 
 
 def check(request: CompletionRequest, *, max_choices: int) -> None:
@@ -67,6 +69,7 @@ def to_generation(
     InvalidRequestError.
     """
     prompts = [_encode(prompt, number, request, served) for number, prompt in enumerate(prompts_of(request))]
+    _check_num_prompt_logprobs(prompts, request)
     limits = [
         resolve_max_tokens(request, len(token_ids), served, default=DEFAULT_MAX_TOKENS, param="prompt")
         for token_ids in prompts
@@ -90,6 +93,20 @@ def to_generation(
         )
         for number, (token_ids, max_tokens) in enumerate(zip(prompts, limits, strict=True))
     ]
+
+
+def _check_num_prompt_logprobs(prompts: list[list[int]], request: CompletionRequest) -> None:
+    if not request.echo or request.logprobs is None:
+        return
+    num_tokens, num_each = sum(map(len, prompts)) * (request.n or 1), 1 + request.logprobs
+    if num_tokens * num_each > MAX_PROMPT_LOGPROBS:
+        raise InvalidRequestError(
+            f"Invalid 'logprobs': with 'echo', {num_tokens} tokens of the prompts of all choices have {num_each}"
+            f" log-probabilities each, and a response has at most {MAX_PROMPT_LOGPROBS} of them. Ask for fewer"
+            " alternatives, or send several requests.",
+            param="logprobs",
+            code="too_many_logprobs",
+        )
 
 
 def _encode(prompt: str | list[int], number: int, request: CompletionRequest, served: Served) -> list[int]:
