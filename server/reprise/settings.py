@@ -181,8 +181,8 @@ class Settings(BaseModel):
     allowed_hosts: Annotated[list[Text], Kind("NAME", "a host name such as example.org, or a list")] = _setting(
         list,
         "HTTP",
-        "Name that requests may have in their Host header; * is any. By default localhost and the loopback"
-        " addresses where HOST is one, else any. Give it again for further ones.",
+        "Name that requests may have in their Host header besides those of loopback and HOST; * is any. Without"
+        " one, any is taken where HOST is no loopback address. Give it again for further ones.",
     )
     metrics: Switch = _setting(default=True, group="HTTP", description="Offer /metrics for Prometheus.")
     public_metrics: Switch = _setting(

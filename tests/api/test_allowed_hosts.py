@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from reprise.api.allowed_hosts import hosts_allowed
+from reprise.api.allowed_hosts import LOOPBACK_NAMES, hosts_allowed
 from support.loopback import Loopback, Start
 
 pytestmark = pytest.mark.anyio
@@ -31,10 +31,11 @@ async def test_no_key_is_looked_at_for_a_foreign_name(start: Start) -> None:
         assert await status_of(server, "evil.example") == 421
 
 
-async def test_names_can_be_set(start: Start) -> None:
+async def test_names_can_be_added(start: Start) -> None:
     async with start(allowed_hosts=["example.org"]) as server:
         assert await status_of(server, "example.org:443") == 200
-        assert await status_of(server, "localhost") == 421
+        assert await status_of(server, "localhost") == 200
+        assert await status_of(server, "example.com") == 421
     async with start(allowed_hosts=["*"]) as server:
         assert await status_of(server, "evil.example") == 200
 
@@ -60,9 +61,9 @@ async def test_two_names(server: Loopback) -> None:
         ("::", [], None),
         ("192.0.2.7", [], None),
         ("example.org", [], None),
-        ("127.0.0.2", [], {"localhost", "127.0.0.1", "[::1]", "127.0.0.2"}),
-        ("::1", [], {"localhost", "127.0.0.1", "[::1]"}),
-        ("0.0.0.0", ["Example.org:80", "::1"], {"example.org", "[::1]"}),  # noqa: S104 - as above
+        ("127.0.0.2", [], {"127.0.0.2", *LOOPBACK_NAMES}),
+        ("::1", [], {*LOOPBACK_NAMES}),
+        ("0.0.0.0", ["Example.org:80", "::1"], {"example.org", "0.0.0.0", *LOOPBACK_NAMES}),  # noqa: S104 - as above
         ("127.0.0.1", ["a", "*"], None),
     ],
 )

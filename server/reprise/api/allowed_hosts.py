@@ -20,11 +20,14 @@ _PORT = re.compile(r":[0-9]{0,5}$")
 
 
 def hosts_allowed(host: str, configured: Iterable[str]) -> frozenset[str] | None:
-    """The names that a server bound to this address answers to; None for any."""
+    """The names that a server bound to this address answers to; None for any.
+
+    Loopback names are always among them: a page cannot have them, and what watches over a container uses them.
+    """
     names = list(configured)
     if ANY in names or not (names or _is_loopback(host)):
         return None
-    return frozenset(map(_name, names or (*LOOPBACK_NAMES, host)))
+    return frozenset(map(_name, (*LOOPBACK_NAMES, host, *names)))
 
 
 class AllowHosts:
@@ -44,7 +47,7 @@ class AllowHosts:
                 raise HttpError(
                     421,
                     "This server does not answer to the name in the Host header. Names beyond its address's own"
-                    " are set by --allowed-hosts.",
+                    " are added by --allowed-hosts.",
                     code="host_not_allowed",
                 )
         await self._app(scope, receive, send)
