@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import BertConfig, BertLMHeadModel, LlamaConfig
+from transformers import BertConfig, BertLMHeadModel, LlamaConfig, modeling_utils
+from transformers.utils.import_utils import is_env_variable_true
 
 from reprise.engine import loader
 from reprise.errors import ModelLoadError
@@ -60,6 +61,15 @@ def test_a_truncated_file_is_refused(copy: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-1000])
     with pytest.raises(ModelLoadError, match="cannot be loaded"):
         load_from(copy)
+
+
+def test_nobody_is_asked_to_convert_pickles(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service of the hub would be told the name, and what it offers would be loaded."""
+    variable = "DISABLE_SAFETENSORS_CONVERSION"
+    monkeypatch.setenv(variable, "0")
+    load_from(copy)
+    assert is_env_variable_true(variable)
+    assert f'is_env_variable_true("{variable}")' in Path(modeling_utils.__file__).read_text()
 
 
 def test_pickled_weights_are_refused(copy: Path) -> None:

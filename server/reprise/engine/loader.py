@@ -68,6 +68,8 @@ def load(config: EngineConfig, progress: Progress) -> LoadedModel:
         torch.set_num_threads(config.num_threads)
     if config.deterministic is not False:
         ask_for_one_order_here(os.environ)
+    # transformers would have a service of the hub convert a repository's pickles, and load what that offers.
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     progress("reading the configuration", 0.0)
     model_config = load_config(config)
     dtype = choose_dtype(config.dtype, model_config, device)
