@@ -88,7 +88,9 @@ async def test_what_is_recorded(
     assert bundle.generations[0].request.sampling.seed == 5
 
 
-@pytest.mark.parametrize(("found", "setting"), [("native, avx512", "native"), ("torch", "torch")])
+@pytest.mark.parametrize(
+    ("found", "setting"), [("native, avx512", "native"), ("torch", "torch"), ("cuda, matmul by tiles", "auto")]
+)
 async def test_the_kernels_that_were_chosen_are_recorded(
     recording: AbstractAsyncContextManager[Loopback], directory: Path, engine: ScriptedEngine, found: str, setting: str
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import get_args, get_type_hints
 
 import msgspec
 
@@ -59,5 +60,7 @@ def make_bundle(generation: Generation, settings: Settings, info: Ready, text: S
 def recorded_settings(settings: Settings, info: Ready) -> EngineConfig:
     """What the engine was started with: the model as it was named, and what was chosen where it could choose."""
     kernels = info.kernels.partition(",")[0]  # the rest is the instruction set, which is no setting
+    if kernels not in get_args(get_type_hints(EngineConfig)["kernels"]):
+        kernels = "auto"  # those that can be had in no other way, as the decoder for CUDA
     chosen = {"device": info.device, "dtype": info.dtype, "tier": info.tier, "kernels": kernels}
     return msgspec.structs.replace(settings.engine_config(), model=settings.model, **chosen)
