@@ -252,6 +252,7 @@ async def test_a_server_that_promises_nothing_reads_on_and_does_not_compute_agai
     assert (refused.status_code, refused.json()["error"]["code"]) == (409, "cannot_resume")
     assert refused.json()["error"]["param"] == "Last-Event-ID"
     assert "twice" in refused.json()["error"]["message"]
+    assert refused.headers["x-should-retry"] == "false"
 
 
 @pytest.mark.parametrize("change", [{"weights_fingerprint": "other"}, {"numerics_fingerprint": "other"}], ids=str)

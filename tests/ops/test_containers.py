@@ -182,7 +182,7 @@ def test_only_the_server_starts_without_a_profile(compose: dict[str, Any]) -> No
 
 def test_the_gpu_is_reserved(compose: dict[str, Any]) -> None:
     reserved = compose["services"]["reprise-gpu"]["deploy"]["resources"]["reservations"]
-    assert reserved == {"devices": [{"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}]}
+    assert reserved == {"devices": [{"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}]}
 
 
 def test_prometheus_looks_for_a_name_that_both_servers_have(compose: dict[str, Any]) -> None:

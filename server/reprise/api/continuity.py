@@ -141,7 +141,8 @@ def check_positions(sent: EventId, requests: list[GenerationRequest]) -> None:
 def cannot_resume(why: str) -> HttpError:
     """The refusal of a stream that would go on with something else."""
     message = f"This stream cannot be resumed: {why}. Send the request again without '{LAST_EVENT_ID}'"
-    return HttpError(409, message, code=CANNOT_RESUME, param=LAST_EVENT_ID)
+    headers = {"x-should-retry": "false"}  # else OpenAI's clients ask again
+    return HttpError(409, message, code=CANNOT_RESUME, param=LAST_EVENT_ID, headers=headers)
 
 
 def key_reused() -> HttpError:
