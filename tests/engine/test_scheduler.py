@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from random import Random
 from typing import Any
@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reprise.engine.block_pool import BlockPool
+from reprise.engine.drafter import Draft, Drafter
 from reprise.engine.scheduler import Batch, ScheduledSequence, Scheduler, SchedulingLimits
 from reprise.engine.sequence import Sequence, SequenceStatus
 from reprise.engine.step_limit import GOOD_STEPS
@@ -40,7 +41,30 @@ def make_sequence(
 
 def make_scheduler(num_blocks: int = 16, block_size: int = 4, **limits: int | bool) -> Scheduler:
     values = {"max_num_seqs": 4, "max_num_batched_tokens": 16, **limits}
-    return Scheduler(SchedulingLimits(**values), BlockPool(num_blocks, block_size))  # type: ignore[arg-type]  # ints and bools by name
+    return Scheduler(
+        SchedulingLimits(**values),  # type: ignore[arg-type]  # ints and bools by name
+        BlockPool(num_blocks, block_size),
+        Drafter([Forecast()], 1 << 20) if limits.get("max_draft_rows") else None,
+    )
+
+
+class Forecast:
+    """Guesses the tokens of every other sequence, not always right."""
+
+    cost = 0.0
+
+    def knows(self, sequence: Sequence) -> bool:
+        return sequence.sequence_id % 2 == 0
+
+    def guess(self, lengths: Mapping[Sequence, int]) -> Mapping[Sequence, Draft]:
+        return {
+            sequence: ((sequence.token_ids[-1] + sequence.num_tokens // 6) % 3,) * length
+            for sequence, length in lengths.items()
+            if self.knows(sequence)
+        }
+
+    def forget(self, sequence: Sequence) -> None:
+        pass
 
 
 def next_token(sequence: Sequence) -> int:
@@ -83,6 +107,24 @@ def test_a_long_prompt_is_cut_to_the_budget_and_decoding_goes_on_beside_it() -> 
         sizes.append([(s.sequence.sequence_id, s.num_tokens) for s in batch])
         complete(scheduler, batch)
     assert sizes == [[(1, 3), (2, 13)], [(1, 1), (2, 15)], [(1, 1), (2, 12)], [(1, 1), (2, 1)]]
+
+
+def test_a_draft_leaves_its_sequence_before_those_that_read_what_it_writes() -> None:
+    """A step that fails is computed in halves, the first entries first."""
+    scheduler = make_scheduler(num_blocks=64, max_draft_rows=8)
+    writer = make_sequence(2, 7)
+    scheduler.add(writer)
+    complete(scheduler, scheduler.schedule())
+    reader = make_sequence(3, 0)
+    reader.token_ids[:] = [*writer.token_ids, 5]
+    reader.num_prompt_tokens = len(reader.token_ids)
+    scheduler.add(reader)
+    batch = scheduler.schedule()
+    assert reader.block_ids[:2] == writer.block_ids[:2]
+    assert [(s.sequence, s.start, s.num_tokens, bool(s.draft_token_ids)) for s in batch] == [
+        (writer, 7, 1, True),
+        (reader, 8, 1, False),
+    ]
 
 
 def test_without_chunks_a_pass_is_whole_or_waits() -> None:
@@ -310,7 +352,10 @@ class Content:
         self._slots: dict[tuple[int, int], tuple[int, ...]] = {}
 
     def compute(self, batch: Batch) -> None:
-        """A step as the model does it: all writes, then all reads, each of which must find its own prefix."""
+        """A step of one entry after the other: all writes of it, then all reads, which must find its own prefix.
+
+        So any beginning of a batch can be computed before the rest, as after a failure.
+        """
         written = set()
         for scheduled in batch:
             token_ids = self._token_ids(scheduled)
@@ -319,8 +364,6 @@ class Content:
                 assert slot not in written, "two sequences write to one slot"
                 written.add(slot)
                 self._slots[slot] = token_ids[: position + 1]
-        for scheduled in batch:
-            token_ids = self._token_ids(scheduled)
             for position in range(len(token_ids)):
                 found = self._slots.get(self._slot(scheduled.sequence, position))
                 assert found == token_ids[: position + 1], "a slot that is somebody else's"

@@ -97,10 +97,11 @@ class _Plan:
         return list(self._scheduled.values())
 
     def add(self, scheduled: ScheduledSequence) -> None:
-        """In place of what there is of the sequence."""
-        self.remove(scheduled.sequence)
-        self._scheduled[scheduled.sequence.sequence_id] = scheduled
-        self.budget -= scheduled.num_rows
+        """In place of what there is of the sequence: those behind it may read what it writes in this step."""
+        sequence_id = scheduled.sequence.sequence_id
+        before = self._scheduled.get(sequence_id)
+        self.budget += (before.num_rows if before is not None else 0) - scheduled.num_rows
+        self._scheduled[sequence_id] = scheduled
 
     def remove(self, sequence: Sequence) -> ScheduledSequence | None:
         scheduled = self._scheduled.pop(sequence.sequence_id, None)
