@@ -78,7 +78,7 @@ def check_runner(
     block_size: int = _BLOCK_SIZE,
     difference: str = "",
 ) -> Repeatability:
-    """About 190 tokens in 9 forwards, in the first NUM_CHECK_BLOCKS blocks. `difference`: found before."""
+    """About 190 tokens in 10 forwards, in the first NUM_CHECK_BLOCKS blocks. `difference`: found before."""
     num_tokens = min(NUM_PROMPT_TOKENS, max_sequence_tokens)
     num_blocks = -(-num_tokens // block_size)
     prompt, other = _prompts(vocab_size, num_tokens, min(_NUM_OTHER_TOKENS, max_sequence_tokens))
