@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -65,19 +66,46 @@ def test_weights_in_several_files(copy: Path) -> None:
     same(copy)
 
 
-def test_tied_weights_are_one(tmp_path: Path) -> None:
-    model: Any = tiny_models.build("llama")
-    model.config.tie_word_embeddings = True
-    model.tie_weights()
-    model.save_pretrained(tmp_path)
-    found: Any = same(tmp_path)
-    assert found.lm_head.weight.data_ptr() == found.model.embed_tokens.weight.data_ptr()
-
-
 def edit(directory: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     tensors = load_file(directory / "model.safetensors")
     change(tensors)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@pytest.fixture
+def called_tied(copy: Path) -> Path:
+    """A model whose configuration says that head and embedding are one, and whose files hold both, which differ."""
+    config = copy / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": True}))
+    return copy
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors.pop(HEAD),
+        lambda tensors: tensors.pop(EMBEDDING),
+        lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}),
+    ],
+    ids=["the embedding alone", "the head alone", "both"],
+)
+def test_tied_weights_are_one(called_tied: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    edit(called_tied, change)
+    found: Any = same(called_tied)
+    assert found.lm_head.weight.data_ptr() == found.model.embed_tokens.weight.data_ptr()
+
+
+def test_a_head_of_its_own_stays_whatever_the_configuration_says(called_tied: Path) -> None:
+    found: Any = same(called_tied)
+    assert torch.equal(found.lm_head.weight, load_file(called_tied / "model.safetensors")[HEAD])
+
+
+def test_neither_of_two_tied_weights_is_left_to_transformers(called_tied: Path) -> None:
+    edit(called_tied, lambda tensors: [tensors.pop(HEAD), tensors.pop(EMBEDDING)])
+    assert mapped(called_tied) is None
 
 
 NORM = "model.norm.weight"
@@ -98,6 +126,18 @@ def test_files_that_are_not_exactly_the_model_are_left_to_transformers(
 ) -> None:
     edit(copy, change)
     assert mapped(copy) is None
+
+
+def test_of_a_tensor_that_is_in_several_files_the_last_one_counts(copy: Path) -> None:
+    weights = copy / "model.safetensors"
+    tensors = load_file(weights)
+    weights.unlink()
+    names = [f"model-{number:05}-of-00008.safetensors" for number in range(1, 9)]
+    for number, name in enumerate(names):
+        save_file(tensors | {NORM: torch.full_like(tensors[NORM], number)}, copy / name, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict(zip(tensors, itertools.cycle(names), strict=False))}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    same(copy)
 
 
 def test_what_has_to_be_converted_is_left_to_transformers(model_directory: ModelDirectory, copy: Path) -> None:

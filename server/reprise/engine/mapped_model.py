@@ -43,14 +43,16 @@ def map_model(name: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTra
         return None
     model = empty_model(deepcopy(config), dtype)
     wanted = model.state_dict()
-    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
-    if tensors.keys() - wanted.keys() or wanted.keys() - tensors.keys() - tied.keys():
+    if tensors.keys() - wanted.keys():
         return None
     if any(tensor.shape != wanted[key].shape or tensor.dtype != dtype for key, tensor in tensors.items()):
         return None
     model.load_state_dict(tensors, strict=False, assign=True)
-    model.tie_weights()
-    return model
+    missing = wanted.keys() - tensors.keys()
+    # As transformers does with what it has loaded: weights that differ in the files stay apart. Afterwards nothing is
+    # missing that is one with a weight of the files.
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    return None if missing else model
 
 
 def _directory(name: str, config: PreTrainedConfig) -> Path | None:
@@ -63,9 +65,10 @@ def _directory(name: str, config: PreTrainedConfig) -> Path | None:
 
 def _tensors(directory: Path) -> dict[str, Tensor]:
     if (directory / _FILE).exists():
-        names = {_FILE}
+        names = [_FILE]
     else:
-        names = set(json.loads((directory / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        # In the order of transformers, of which the last one counts where a tensor is in several files.
+        names = sorted(set(json.loads((directory / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
     tensors: dict[str, Tensor] = {}
     for name in names:
         with safe_open(directory / name, framework="pt") as file:
