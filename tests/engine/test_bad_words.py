@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from weakref import ref
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reprise.engine.bad_words import BadWordAutomaton, TokenTable
+from reprise.engine.bad_words import AutomatonCache, BadWordAutomaton, TokenTable
 
 # few letters: words overlap, contain and border on each other
 letters = st.sampled_from([b"a", b"b", b"\xe4"])
@@ -88,3 +90,73 @@ def test_cache_is_bounded_and_follows_the_table() -> None:
 def test_empty_word_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one byte"):
         BadWordAutomaton([b"a", b""])
+
+
+def test_automata_of_any_size_tell_their_states_apart() -> None:
+    """Numbers of states beside those that the next larger integer is needed for."""
+    for length in (253, 254, 255, 256, 65_534, 65_535):
+        automaton = BadWordAutomaton([b"a" * length])
+        assert automaton.advance(automaton.start, b"a" * (length - 1)) == length - 1
+        assert automaton.advance(length - 1, b"b") == automaton.start
+        assert automaton.advance(length - 1, b"ab") == automaton.dead
+
+
+def test_automaton_of_all_the_words_of_a_request_is_small() -> None:
+    assert BadWordAutomaton([bytes([letter]) * 128 for letter in range(128)]).num_bytes <= 9 << 20
+
+
+def test_automaton_is_shared_while_it_is_used_and_kept_for_those_that_come_later() -> None:
+    cache = AutomatonCache(max_bytes=1 << 20)
+    first, second = cache.get((b"a",)), cache.get((b"a",))
+    assert first is second
+    assert cache.get((b"b",)) is not first
+    held = ref(first)
+    cache.keep(first)
+    del first, second
+    assert cache.get((b"a",)) is held()
+
+
+def test_kept_automata_are_bounded_by_bytes_and_the_least_recently_used_go_first() -> None:
+    words = [(bytes([letter]) * 100,) for letter in range(10)]
+    size = BadWordAutomaton(words[0]).num_bytes
+    cache = AutomatonCache(max_bytes=3 * size)
+    held = []
+    for each in words:
+        automaton = cache.get(each)
+        held.append(ref(automaton))
+        cache.keep(automaton)
+        del automaton
+    assert [automaton() is not None for automaton in held] == [False] * 7 + [True] * 3
+    again = cache.get(words[7])
+    cache.keep(again)
+    del again
+    cache.keep(cache.get(words[0]))
+    assert [held[7]() is not None, held[8]() is not None, held[9]() is not None] == [True, False, True]
+
+
+def test_what_kept_automata_have_found_counts_as_well() -> None:
+    table = TokenTable([b"a"] * 10_000)
+    automaton = BadWordAutomaton([b"ab"])
+    alone = automaton.num_bytes
+    automaton.forbidden(0, table)
+    automaton.forbidden(1, table)
+    assert automaton.num_bytes == alone + 20_000
+    cache = AutomatonCache(max_bytes=20_000)
+    kept = cache.get((b"ab",))
+    held = ref(kept)
+    cache.keep(kept)
+    kept.forbidden(0, table)
+    kept.forbidden(1, table)
+    cache.keep(kept)
+    del kept
+    assert held() is None
+
+
+def test_automata_that_are_used_are_shared_beyond_the_bound() -> None:
+    cache = AutomatonCache(max_bytes=0)
+    used = cache.get((b"a",))
+    cache.keep(used)
+    assert cache.get((b"a",)) is used
+    held = ref(used)
+    del used
+    assert held() is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
+from reprise.engine.bad_words import BadWordAutomaton
 from reprise.engine.native.library import NativeContext, built_variants
 from reprise.engine.native.selection import NativeSelection
 from reprise.engine.sampler import LOWEST_LOGPROB, Sampler
@@ -188,6 +190,25 @@ def test_a_bad_word_is_barred_in_every_spelling(make: Make) -> None:
     assert D not in finite(sampler, seq, raw)
     seq.token_ids.append(8)
     assert D in finite(sampler, seq, raw)
+
+
+def test_memory_for_bad_words_is_bounded_once_their_sequences_have_ended() -> None:
+    """Each bars as much as a request may bring."""
+    sampler, raw = Sampler(TOKEN_BYTES), logits(1)
+    for number in range(12):
+        words = tuple(bytes([number, letter]) * 64 for letter in range(128))
+        seq = sequence(number, bad_words=words)
+        sampler.sample([seq], raw)
+        sampler.forget(seq)
+    held = [found for found in gc.get_objects() if type(found) is BadWordAutomaton]
+    assert 0 < sum(automaton._next.nbytes for automaton in held) <= 64 << 20
+
+
+def test_choices_of_a_request_share_what_their_bad_words_take() -> None:
+    sampler = Sampler(TOKEN_BYTES)
+    sampler.sample([sequence(number, bad_words=(b"bad",)) for number in range(3)], logits(3))
+    used = [constraints.bad_words for constraints in sampler._constraints.values()]
+    assert len({automaton for automaton, _ in filter(None, used)}) == 1
 
 
 def test_logprobs_are_the_models_own_and_ordered(make: Make) -> None:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Sequence
+from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
 BoolArray = NDArray[np.bool_]
+States = NDArray[np.unsignedinteger[Any]]
 
+KEPT_BYTES = 64 << 20
+"""Of automata that no sequence uses any more: of the words that one request may bring, an automaton takes 8 MiB."""
 _MAX_CACHED_STATES = 32
 
 
@@ -42,10 +47,16 @@ class BadWordAutomaton:
     def __init__(self, words: Sequence[bytes]) -> None:
         if not all(words):
             raise ValueError("A bad word must have at least one byte.")
+        self.words = tuple(words)
         self._next = _transitions(words)
         self.dead = len(self._next) - 1
         self._cache: OrderedDict[int, BoolArray] = OrderedDict()
         self._cached_table: TokenTable | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes, with the tokens that it has found forbidden."""
+        return self._next.nbytes + sum(found.nbytes for found in self._cache.values())
 
     def advance(self, state: int, data: bytes) -> int:
         """The state after `data`."""
@@ -79,8 +90,41 @@ class BadWordAutomaton:
         return forbidden
 
 
-def _transitions(words: Sequence[bytes]) -> NDArray[np.int32]:
-    """[num_states, 256] the next state for each state and byte. State 0 is the start, the last one absorbs."""
+class AutomatonCache:
+    """Automata by their words: each is shared while it is used, and kept for those that come later.
+
+    What is kept takes `max_bytes` at most once nobody uses it, the least recently used gone first. What is used is in
+    memory anyway, so it is shared whether it is kept or not.
+    """
+
+    def __init__(self, max_bytes: int = KEPT_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self._alive: WeakValueDictionary[tuple[bytes, ...], BadWordAutomaton] = WeakValueDictionary()
+        self._kept: OrderedDict[BadWordAutomaton, int] = OrderedDict()
+        self._num_bytes = 0
+
+    def get(self, words: tuple[bytes, ...]) -> BadWordAutomaton:
+        """To be handed to `keep` when it is not used any more. Raises ValueError where a word is empty."""
+        found = self._alive.get(words)
+        if found is None:
+            found = self._alive[words] = BadWordAutomaton(words)
+        return found
+
+    def keep(self, automaton: BadWordAutomaton) -> None:
+        """Somebody has used it for the last time: it is as large as it has become."""
+        self._num_bytes -= self._kept.pop(automaton, 0)
+        self._kept[automaton] = automaton.num_bytes
+        self._num_bytes += self._kept[automaton]
+        while self._num_bytes > self._max_bytes:
+            _, num_bytes = self._kept.popitem(last=False)
+            self._num_bytes -= num_bytes
+
+
+def _transitions(words: Sequence[bytes]) -> States:
+    """[num_states, 256] the next state for each state and byte. State 0 is the start, the last one absorbs.
+
+    In the smallest integers that there are for so many states.
+    """
     children: list[dict[int, int]] = [{}]
     complete = [False]
     for word in words:
@@ -94,19 +138,20 @@ def _transitions(words: Sequence[bytes]) -> NDArray[np.int32]:
         complete[node] = True
 
     dead = len(children)
-    table = np.zeros((dead + 1, 256), np.int32)
+    table: States = np.zeros((dead + 1, 256), np.min_scalar_type(dead))
     fallback = [0] * dead
     queue = deque([0])
     while queue:
         node = queue.popleft()
         if node:
             table[node] = table[fallback[node]]
-            complete[node] |= complete[fallback[node]]
         for byte, child in children[node].items():
-            fallback[child] = int(table[node, byte])
+            behind = int(table[node, byte])
+            if complete[child] or behind == dead:
+                table[node, byte] = dead  # and there is no way to what lies behind
+                continue
+            fallback[child] = behind
             table[node, byte] = child
             queue.append(child)
     table[dead] = dead
-    renamed = np.arange(dead + 1, dtype=np.int32)
-    renamed[np.flatnonzero(complete)] = dead
-    return renamed[table]
+    return table

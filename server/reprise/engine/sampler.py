@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from reprise.engine import logits as processors
-from reprise.engine.bad_words import BadWordAutomaton, TokenTable
+from reprise.engine.bad_words import AutomatonCache, BadWordAutomaton, TokenTable
 from reprise.engine.device import Fetch, to_device
 from reprise.engine.noise import draw_key
 from reprise.engine.selection import Selection, TorchSelection, is_warped
@@ -34,19 +33,20 @@ class Sampled:
     error_code: str | None = None
 
 
-@lru_cache(maxsize=64)
-def _automaton(words: tuple[bytes, ...]) -> BadWordAutomaton:
-    """Shared by all sequences that bar the same words, as the choices of a request do."""
-    return BadWordAutomaton(words)
-
-
 class _Constraints:
     """What a sequence's parameters forbid and favour, as tensors, kept up with its tokens.
 
-    Derived from the token log alone: it can be dropped and made again at any time.
+    Derived from the token log alone: it can be dropped and made again at any time. `bad_words`: the automaton of the
+    sequence's bad words, if it has any, and what each token spells.
     """
 
-    def __init__(self, sequence: Sequence, vocab_size: int, table: TokenTable | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        sequence: Sequence,
+        vocab_size: int,
+        bad_words: tuple[BadWordAutomaton, TokenTable] | None,
+        device: torch.device,
+    ) -> None:
         sampling = sequence.sampling
         self._sequence = sequence
         self._device = device
@@ -55,7 +55,8 @@ class _Constraints:
         self.seen: Tensor | None = None
         self._allowed: Tensor | None = None
         self._bias: tuple[Tensor, Tensor] | None = None
-        self._bad_words: tuple[BadWordAutomaton, TokenTable] | None = None
+        self.bad_words = bad_words
+        self._bad_word_state = BadWordAutomaton.start
         if sampling.presence_penalty or sampling.frequency_penalty:
             self.counts = torch.zeros(vocab_size, device=device)
         if sampling.repetition_penalty != 1.0:
@@ -67,10 +68,6 @@ class _Constraints:
         if sampling.logit_bias:
             ids = to_device(list(sampling.logit_bias), device)
             self._bias = (ids, to_device(list(sampling.logit_bias.values()), device))
-        if sampling.bad_words:
-            assert table is not None
-            self._bad_words = (_automaton(sampling.bad_words), table)
-            self._bad_word_state = self._bad_words[0].start
 
     def catch_up(self) -> None:
         """Take in the tokens generated since the last time."""
@@ -79,8 +76,8 @@ class _Constraints:
                 self.counts[token_id] += 1
             if self.seen is not None:
                 self.seen[token_id] = True
-            if self._bad_words is not None:
-                automaton, table = self._bad_words
+            if self.bad_words is not None:
+                automaton, table = self.bad_words
                 self._bad_word_state = automaton.advance(self._bad_word_state, table.token_bytes[token_id])
         self._num_consumed = self._sequence.num_output_tokens
 
@@ -94,8 +91,8 @@ class _Constraints:
         if self._sequence.num_output_tokens < sampling.min_tokens:
             ending = [*sampling.end_token_ids, *sampling.stop_token_ids]
             row[to_device(ending, self._device, torch.int64)] = processors.REMOVED
-        if self._bad_words is not None:
-            automaton, table = self._bad_words
+        if self.bad_words is not None:
+            automaton, table = self.bad_words
             forbidden = automaton.forbidden(self._bad_word_state, table)[: row.shape[0]]
             row.masked_fill_(to_device(forbidden, self._device), processors.REMOVED)
 
@@ -107,10 +104,13 @@ class Sampler:
         self._token_bytes = token_bytes
         self._selection = selection or TorchSelection()
         self._table: TokenTable | None = None
+        self._automata = AutomatonCache()
         self._constraints: dict[int, _Constraints] = {}
 
     def forget(self, sequence: Sequence) -> None:
-        self._constraints.pop(sequence.sequence_id, None)
+        constraints = self._constraints.pop(sequence.sequence_id, None)
+        if constraints is not None and constraints.bad_words is not None:
+            self._automata.keep(constraints.bad_words[0])
 
     def sample(
         self,
@@ -188,13 +188,18 @@ class Sampler:
     def _catch_up(self, sequence: Sequence, raw: Tensor) -> _Constraints:
         constraints = self._constraints.get(sequence.sequence_id)
         if constraints is None:
-            if sequence.sampling.bad_words and self._table is None:
-                assert self._token_bytes is not None
-                self._table = TokenTable(self._token_bytes, raw.shape[-1])
-            constraints = _Constraints(sequence, raw.shape[-1], self._table, raw.device)
+            words = sequence.sampling.bad_words
+            bad_words = (self._automata.get(words), self._tokens(raw.shape[-1])) if words else None
+            constraints = _Constraints(sequence, raw.shape[-1], bad_words, raw.device)
             self._constraints[sequence.sequence_id] = constraints
         constraints.catch_up()
         return constraints
+
+    def _tokens(self, vocab_size: int) -> TokenTable:
+        if self._table is None:
+            assert self._token_bytes is not None
+            self._table = TokenTable(self._token_bytes, vocab_size)
+        return self._table
 
 
 def _keys(sequences: list[Sequence], ahead: list[int] | None) -> list[int | None]:
