@@ -28,6 +28,12 @@ async def test_list(server: Loopback) -> None:
         assert model[name] == getattr(READY, name)
 
 
+async def test_the_fingerprint_is_that_of_answers(server: Loopback) -> None:
+    answer = (await server.post("/v1/completions", {"prompt": "a", "max_tokens": 1})).json()
+    models = (await server.get("/v1/models")).json()["data"]
+    assert [model["system_fingerprint"] for model in models] == [answer["system_fingerprint"]] * 2
+
+
 async def test_one_whose_name_has_a_slash(server: Loopback) -> None:
     for path in ("/v1/models/test/model", "/v1/models/test%2Fmodel"):
         assert (await server.get(path)).json()["id"] == "test/model"
@@ -58,4 +64,4 @@ async def test_names_are_known_while_the_model_loads(server: Loopback, engine: S
     engine.state = EngineState.LOADING
     engine.info = None
     model = (await server.get("/v1/models/alias")).json()
-    assert (model["id"], model["tier"]) == ("alias", None)
+    assert (model["id"], model["tier"], model["system_fingerprint"]) == ("alias", None, None)

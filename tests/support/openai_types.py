@@ -25,6 +25,7 @@ EXTENSIONS = {
     "device",
     "deterministic",
     "deterministic_reason",
+    "system_fingerprint",
 }
 """Fields that this server adds on purpose."""
 

@@ -28,6 +28,7 @@ def describe(service: Service, name: str) -> Model:
         device=info.device,
         deterministic=info.deterministic,
         deterministic_reason=info.deterministic_reason,
+        system_fingerprint=service.fingerprint(info),
     )
 
 

@@ -191,6 +191,8 @@ class Model(Struct, frozen=True, kw_only=True):
     deterministic: bool | None = None
     """Whether bits are promised, as in each response, and why or why not."""
     deterministic_reason: str | None = None
+    system_fingerprint: str | None = None
+    """As in each response: equal where servers answer alike, so that a stream may go on at either."""
 
 
 class ModelList(Struct, frozen=True):
