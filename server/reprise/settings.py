@@ -195,11 +195,13 @@ class Settings(BaseModel):
     max_choices: Count = _setting(128, "Limits", "Choices (prompts times n) of one request at most.")
     max_body_size: Size = _setting(4 * 1024**2, "Limits", "Bytes of a request body at most.")
     request_timeout: OptionalSeconds = _setting(
-        None, "Limits", "Time that a request may take in all; by default no limit."
+        None, "Limits", "Time that a request may take in all, until its last byte is sent; by default no limit."
     )
     header_timeout: Seconds = _setting(10.0, "Limits", "Time for the head of a request to arrive.")
     body_timeout: Seconds = _setting(60.0, "Limits", "Time for the body of a request to arrive.")
-    send_timeout: Seconds = _setting(60.0, "Limits", "Time that a client may leave its stream unread.")
+    send_timeout: Seconds = _setting(
+        60.0, "Limits", "Time in which a client must take 64 KiB of its answer, or all that waits."
+    )
     idle_timeout: Seconds = _setting(75.0, "Limits", "Time that a connection may stay open between requests.")
     keep_alive_interval: SecondsOrZero = _setting(
         15.0, "Limits", "Interval at which a stream gets a comment line that keeps it alive, silent or not; 0 is never."

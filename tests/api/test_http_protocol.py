@@ -9,7 +9,9 @@ import time
 
 import pytest
 
+from reprise.types import ChoiceDelta, FinishReason
 from support.loopback import Loopback, Start, eventually
+from support.scripted_engine import Item, ScriptedEngine
 
 pytestmark = pytest.mark.anyio
 
@@ -152,6 +154,120 @@ async def test_pipelined_requests_are_answered_in_order(server: Loopback) -> Non
     assert answer.count(b'{"status":"ok"}') == 2
     assert answer.rstrip().endswith(b"}")
     assert answer.rindex(b"version") > answer.rindex(b"status")
+    writer.close()
+
+
+STREAM = b'{"prompt": "a", "stream": true}'
+STREAM_REQUEST = HEAD.replace(b"14", str(len(STREAM)).encode()) + STREAM
+
+
+async def test_a_queued_request_has_its_time_when_its_turn_comes(start: Start, engine: ScriptedEngine) -> None:
+    """Its body cannot come before: until then nothing more of it is read, and nothing is said of it."""
+    go_on = asyncio.Event()
+    script: list[Item] = [ChoiceDelta(index=0, text="first"), go_on]
+    engine.enqueue([*script, ChoiceDelta(index=0, text="last", finish_reason=FinishReason.STOP)])
+    async with start(body_timeout=0.2, keep_alive_interval=0) as server:
+        reader, writer = await server.connect()
+        writer.write(STREAM_REQUEST)
+        await reader.readuntil(b"first")
+        writer.write(HEAD + b'{"prompt')
+        await asyncio.sleep(0.5)
+        go_on.set()
+        rest, end, second = (await read_all(reader)).partition(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        assert b"last" in rest
+        assert end
+        assert b"HTTP/1.1" not in rest
+        assert error_of(second) == (408, "request_timeout")
+        writer.close()
+
+
+async def test_a_queued_request_whose_body_comes_late_is_answered(start: Start, engine: ScriptedEngine) -> None:
+    go_on = asyncio.Event()
+    engine.enqueue([go_on, ChoiceDelta(index=0, finish_reason=FinishReason.STOP)])
+    async with start(body_timeout=0.2, keep_alive_interval=0) as server:
+        reader, writer = await server.connect()
+        writer.write(STREAM_REQUEST)
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(HEAD.replace(b"Host", b"Connection: close\r\nHost") + b'{"prompt"')
+        await asyncio.sleep(0.5)
+        writer.write(b': ""}')
+        go_on.set()
+        _, _, second = (await read_all(reader)).partition(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        assert second.startswith(b"HTTP/1.1 200 OK")
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    ("second", "expected"),
+    [
+        (b"nonsense\r\n\r\n", (400, "invalid_http")),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 200_000 + b"\r\n\r\n", (431, "header_too_large")),
+        (
+            HEAD.replace(b"Content-Length: 14", b"Transfer-Encoding: chunked") + b"no number\r\n",
+            (400, "invalid_http"),
+        ),
+    ],
+    ids=["head", "large head", "body"],
+)
+async def test_a_refusal_waits_for_its_turn(
+    server: Loopback, engine: ScriptedEngine, second: bytes, expected: tuple[int, str]
+) -> None:
+    """What was asked before is answered whole."""
+    go_on = asyncio.Event()
+    script: list[Item] = [ChoiceDelta(index=0, text="first"), go_on]
+    engine.enqueue([*script, ChoiceDelta(index=0, text="last", finish_reason=FinishReason.STOP)])
+    reader, writer = await server.connect()
+    writer.write(STREAM_REQUEST)
+    await reader.readuntil(b"first")
+    health = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    writer.write(health + second)
+    (protocol,) = server.server.connections
+    await eventually(lambda: protocol._refused)  # type: ignore[attr-defined]
+    go_on.set()
+    rest, _, after = (await read_all(reader)).partition(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    assert b"last" in rest
+    assert b"HTTP/1.1" not in rest
+    answered, ok, refusal = after.partition(b'{"status":"ok"}')
+    assert answered.startswith(b"HTTP/1.1 200 OK")
+    assert ok
+    assert error_of(refusal) == expected
+    writer.close()
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+async def test_who_leaves_with_a_request_in_the_queue_leaves_the_first_too(
+    start: Start, engine: ScriptedEngine, stream: bool
+) -> None:
+    engine.enqueue(None)
+    body = STREAM if stream else b'{"prompt": "a"}'
+    async with start(keep_alive_interval=0.05) as server:
+        _, writer = await server.connect()
+        writer.write(HEAD.replace(b"14", str(len(body)).encode()) + body)
+        await eventually(lambda: engine.streams)
+        writer.write(HEAD + b'{"prompt')
+        (protocol,) = server.server.connections
+        await eventually(lambda: protocol.pipeline)  # type: ignore[attr-defined]
+        writer.close()
+        await eventually(lambda: engine.streams[0].closed)
+        await eventually(lambda: server.app.state.service.admission.num_reserved == 0)
+        assert len(engine.streams) == 1
+
+
+async def test_what_is_refused_amid_its_body_is_answered_by_nobody_else(
+    server: Loopback, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not even by an application that does not ask for the body."""
+    reader, writer = await server.connect()
+    writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nno number\r\n")
+    assert error_of(await read_all(reader)) == (400, "invalid_http")
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    writer.close()
+
+
+async def test_a_url_that_is_none(server: Loopback) -> None:
+    reader, writer = await server.connect()
+    writer.write(b"GET http://[::1/ HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert error_of(await read_all(reader)) == (400, "invalid_http")
     writer.close()
 
 

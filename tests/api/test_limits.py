@@ -108,14 +108,18 @@ async def test_less_than_declared_is_no_request(server: Loopback, engine: Script
     assert not engine.requests
 
 
-async def test_more_than_declared_closes_the_connection(server: Loopback) -> None:
-    """Nobody can tell which of the two the client meant."""
+async def test_more_than_declared_is_another_request_and_none_that_is_right(server: Loopback) -> None:
+    """It has its own answer, behind the first one's, and the connection ends."""
     head = (
         b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
         b"Content-Type: application/json\r\nContent-Length: 14\r\n\r\n"
     )
     answer = await exchange(server, head + b'{"prompt": ""}' + b"garbage \r\n\r\n")
-    assert b"200 OK" not in answer
+    first, _, second = answer.partition(b"HTTP/1.1 400 ")
+    assert first.startswith(b"HTTP/1.1 200 OK")
+    assert b'"finish_reason":"stop"' in first
+    assert b'"code":"invalid_http"' in second
+    assert b"connection: close" in second
 
 
 async def test_size_and_chunks_together_are_refused(server: Loopback) -> None:

@@ -122,12 +122,27 @@ async def test_a_ticket_is_held_as_long_as_the_generation_runs_or_is_read() -> N
     await asyncio.sleep(0.01)
     assert (world.admission.num_reserved, world.generations.num_kept) == (0, 1)
     read, reader = world.begin(retain_seconds=60)
+    assert (world.admission.num_reserved, world.admission.num_ended) == (1, 0)
     finish(read)
     await asyncio.sleep(0.01)
-    assert world.admission.num_reserved == 1
+    assert (world.admission.num_reserved, world.admission.num_ended) == (1, 1)
     world.generations.leave(read, reader)
-    assert world.admission.num_reserved == 0
+    assert (world.admission.num_reserved, world.admission.num_ended) == (0, 0)
     world.generations.drain()
+
+
+@pytest.mark.parametrize("how", ["one fails", "late", "cut"])
+async def test_a_ticket_ends_however_its_generation_does(how: str) -> None:
+    world = World(timeout=0.02 if how == "late" else None)
+    generation, reader = world.begin(num_prompts=2)
+    if how == "one fails":
+        generation.submitted.streams[0].fail(RuntimeError("why"))
+    elif how == "cut":
+        world.generations.fail_read(RuntimeError("bye"))
+    await asyncio.sleep(0.05)
+    assert (world.admission.num_reserved, world.admission.num_ended) == (2, 2)
+    world.generations.leave(generation, reader)
+    assert (world.admission.num_reserved, world.admission.num_ended) == (0, 0)
 
 
 async def test_a_kept_generation_is_forgotten_in_its_time() -> None:

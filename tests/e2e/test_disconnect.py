@@ -58,6 +58,20 @@ def test_a_client_that_leaves(
     assert api.metrics()["generation_tokens_total"] - before < NUM_TOKENS * num_choices
 
 
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+def test_a_client_that_leaves_with_a_request_in_the_queue(api: LiveApi, stream: bool) -> None:
+    """The request before that is the one that runs."""
+    api.wait_idle()
+    before = api.metrics()["generation_tokens_total"]
+    connection = connect(api, COMPLETIONS, stream=stream, **PROMPT)
+    api.wait_running(1)
+    head = "Host: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000"
+    connection.sendall(f"POST {COMPLETIONS} HTTP/1.1\r\n{head}\r\n\r\n{{".encode())
+    finish(connection)
+    api.wait_idle()
+    assert api.metrics()["generation_tokens_total"] - before < NUM_TOKENS
+
+
 def test_clients_that_leave_while_they_wait(api: LiveApi) -> None:
     """64 places, 192 sequences: who leaves the queue never starts, and the next one is served."""
     api.wait_idle()

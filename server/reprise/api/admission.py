@@ -11,26 +11,41 @@ class Ticket:
     def __init__(self, admission: Admission, num_sequences: int) -> None:
         self._admission = admission
         self._num_sequences = num_sequences
+        self._num_ended = 0
 
     @property
     def released(self) -> bool:
         return self._num_sequences == 0
 
+    def end(self) -> None:
+        """Its sequences neither run nor wait any more; what they gave is still read. Idempotent."""
+        self._admission.num_ended += self._num_sequences - self._num_ended
+        self._num_ended = self._num_sequences
+
     def release(self) -> None:
         self._admission.num_reserved -= self._num_sequences
-        self._num_sequences = 0
+        self._admission.num_ended -= self._num_ended
+        self._num_sequences = self._num_ended = 0
 
 
 class Admission:
     """Counts reserved sequences.
 
-    A ticket is taken before any rendering or tokenising is done for a request.
+    A ticket is taken before any rendering or tokenising is done for a request. `limit` sequences may run or wait; as
+    many again may have ended and be read to their end by slow clients, and only what is beyond that takes places of
+    others. So there are never more than twice `limit`, which bounds what is held for them.
     """
 
     def __init__(self, *, max_num_seqs: int, max_waiting_seqs: int) -> None:
         self.limit = max_num_seqs + max_waiting_seqs
         self.num_reserved = 0
+        self.num_ended = 0
+        """Of these."""
         self.num_rejections = 0
+
+    @property
+    def _num_free(self) -> int:
+        return self.limit - (self.num_reserved - min(self.num_ended, self.limit))
 
     def reserve(self, num_sequences: int) -> Ticket:
         """Raises OverloadedError where there is no room now, InvalidRequestError where there never is."""
@@ -40,14 +55,14 @@ class Admission:
                 f" {self.limit} at once.",
                 param="n",
             )
-        if self.num_reserved + num_sequences > self.limit:
+        if num_sequences > self._num_free:
             self.reject()
         self.num_reserved += num_sequences
         return Ticket(self, num_sequences)
 
     def check_room(self) -> None:
         """Raise OverloadedError where not even one sequence has room, before a request's body is read."""
-        if self.num_reserved >= self.limit:
+        if self._num_free < 1:
             self.reject()
 
     def reject(self) -> None:

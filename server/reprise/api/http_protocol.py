@@ -5,8 +5,14 @@ A connection is in one of four states, each with its own deadline:
 
     waiting for a head   header_timeout, from accept or from the first byte of a further request
     waiting for a body   body_timeout, from the end of the head
-    answering            none here; a write that stalls for send_timeout aborts the connection
+    answering            request_timeout, from the end of the head to the last byte handed to the socket
     idle                 idle_timeout (uvicorn's timeout_keep_alive)
+
+A request that comes while an earlier one is answered waits for its turn, and only then its deadlines begin. A refusal
+waits likewise, so that nothing is ever written into another answer.
+
+Beside that, where an answer is complete, or its application waits because so much is unsent, the client has to take
+LEAST_TAKEN_BYTES, or all there is, in each send_timeout.
 """
 
 from __future__ import annotations
@@ -18,7 +24,7 @@ import socket
 from typing import ClassVar
 
 import msgspec
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from reprise.api.request_context import new_request_id
 from reprise.protocol.responses import Error, ErrorResponse
@@ -26,6 +32,14 @@ from reprise.settings import Settings
 
 MAX_HEAD_BYTES = 64 * 1024
 LINGER_SECONDS = 1.0
+LEAST_TAKEN_BYTES = 64 * 1024
+"""What a client has to take in each send_timeout, where there is so much for it.
+
+At the default that is a kilobyte a second, or three tokens with their events. Much less would be no bound: what was
+taken shows only when the kernel has room again, and it says so for tens of kilobytes at once.
+"""
+OVERDUE_LOOK_SECONDS = 1.0
+"""Between two looks at a request beyond its time that has taken all there is: its application is to end it."""
 
 
 def _demote(record: logging.LogRecord) -> bool:
@@ -40,17 +54,24 @@ logging.getLogger("uvicorn.error").addFilter(_demote)
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """Use a subclass made by `bounded_by`."""
+    """Use a subclass made by `bounded_by`. All times are in seconds."""
 
     header_timeout: ClassVar[float] = 10.0
     body_timeout: ClassVar[float] = 60.0
     send_timeout: ClassVar[float] = 60.0
+    request_timeout: ClassVar[float | None] = None
 
+    _answering: RequestResponseCycle | None = None
+    """Whose turn it is. uvicorn's own `cycle` is the one that was read last, which may be queued."""
     _receipt_deadline: asyncio.TimerHandle | None = None
+    _answer_deadline: asyncio.TimerHandle | None = None
     _stall_deadline: asyncio.TimerHandle | None = None
     _reading_head = True
     _head_bytes = 0
     _refused = False
+    """Whether what comes is no longer read."""
+    _refusal = b""
+    """What is still to be said of that, after what is answered before it."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -59,7 +80,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_receipt()
+        self._cancel_answer_deadline()
         self._cancel_stall()
+        self._dismiss()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -74,20 +97,21 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self._reading_head and self._head_bytes > MAX_HEAD_BYTES:
             self._refuse_head()
 
-    def on_message_begin(self) -> None:
-        self._reading_head = True
-        super().on_message_begin()
-
     def on_headers_complete(self) -> None:
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if size > MAX_HEAD_BYTES:
             self._refuse_head()
         if self._refused:
             return
+        super().on_headers_complete()
         self._reading_head = False
         self._head_bytes = 0
-        self._set_receipt(self.body_timeout)
-        super().on_headers_complete()
+        self._cancel_receipt()
+        if self._answering is None:
+            self._begin_turn(self.cycle)
+        elif len(self.pipeline) == 1:
+            # uvicorn has paused reading, and nothing else tells that the client leaves. It pauses again at 64 KiB.
+            self.flow.resume_reading()
 
     def on_body(self, body: bytes) -> None:
         if not self._refused:
@@ -96,7 +120,20 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         if not self._refused:
             self._cancel_receipt()
+            self._reading_head = True
             super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        following = self.pipeline[-1][0] if self.pipeline else None
+        super().on_response_complete()
+        self._answering = None
+        self._watch_stall()
+        if self.transport.is_closing():
+            return
+        if following is not None:
+            self._begin_turn(following)
+        elif self._refusal:
+            self._end_with(self._refusal)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -105,6 +142,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def resume_writing(self) -> None:
         self._cancel_stall()
         super().resume_writing()
+        if self._answering is None:
+            self._watch_stall()
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - the parser's caller gives it
         """The parser gave up."""
@@ -114,13 +153,31 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """Say nothing: the request is answered over HTTP/1.1."""
 
     def _is_idle(self) -> bool:
-        answered = self.cycle is None or self.cycle.response_complete
-        return answered and self._receipt_deadline is None
+        return self._answering is None and self._receipt_deadline is None
 
     def _await_head(self) -> None:
         self._reading_head = True
         self._head_bytes = 0
         self._set_receipt(self.header_timeout)
+
+    def _begin_turn(self, cycle: RequestResponseCycle) -> None:
+        """It is answered from now on, and its body may come."""
+        self._answering = cycle
+        if not self.flow.write_paused:
+            self._cancel_stall()
+        if cycle.more_body:
+            self._set_receipt(self.body_timeout)
+        if self.request_timeout is not None:
+            self._set_answer_deadline(self.request_timeout)
+
+    def _dismiss(self) -> None:
+        """Tell every request that its client has left."""
+        for cycle in (self._answering, *(queued for queued, _ in self.pipeline)):
+            if cycle is not None:
+                cycle.disconnected = True
+                cycle.message_event.set()
+        self.pipeline.clear()
+        self._answering = None
 
     def _set_receipt(self, seconds: float) -> None:
         self._cancel_receipt()
@@ -144,38 +201,65 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._refuse(431, f"The request's head is larger than {MAX_HEAD_BYTES} bytes.", "header_too_large")
 
     def _refuse(self, status: int, message: str, code: str) -> None:
-        """Answer without the application where no answer has begun, and close."""
+        """Read nothing more. Answer what is being read without the application, in its turn and if that has not begun
+        to answer, and close.
+        """
         if self._refused or self.transport.is_closing():
             return
         self._refused = True
         self._cancel_receipt()
-        cycle = self.cycle
-        if self._reading_head:
-            may_answer = cycle is None or cycle.response_complete
-        else:
-            may_answer = cycle is not None and not cycle.response_started
-        if may_answer:
-            body = msgspec.json.encode(ErrorResponse(Error(message, "invalid_request_error", None, code)))
-            head = (
-                f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
-                f"x-request-id: {new_request_id()}\r\nconnection: close\r\n\r\n"
-            )
-            self.transport.write(STATUS_LINE[status] + head.encode() + body)
-        self._linger()
+        body = msgspec.json.encode(ErrorResponse(Error(message, "invalid_request_error", None, code)))
+        head = (
+            f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
+            f"x-request-id: {new_request_id()}\r\nconnection: close\r\n\r\n"
+        )
+        self._refusal = STATUS_LINE[status] + head.encode() + body
+        if not self._reading_head:
+            if self.pipeline:
+                # Of what is queued, what is being read came last.
+                self.pipeline.popleft()
+            else:
+                self._end_with(b"" if self.cycle.response_started else self._refusal)
+        elif self._answering is None:
+            self._end_with(self._refusal)
 
-    def _linger(self) -> None:
-        """Close once the peer has, or after a moment.
+    def _end_with(self, answer: bytes) -> None:
+        """Write this, and close once the peer has, or after a moment.
 
         Closing a socket with unread bytes resets the connection, and the peer may never see its answer.
         """
+        self._refusal = b""
+        self._dismiss()
+        if answer:
+            self.transport.write(answer)
+        self._watch_stall()
         self.flow.resume_reading()
         self.transport.write_eof()
         self._receipt_deadline = self.loop.call_later(LINGER_SECONDS, self.transport.close)
 
+    def _set_answer_deadline(self, seconds: float) -> None:
+        self._cancel_answer_deadline()
+        self._answer_deadline = self.loop.call_later(seconds, self._answer_overdue)
+
+    def _cancel_answer_deadline(self) -> None:
+        if self._answer_deadline is not None:
+            self._answer_deadline.cancel()
+            self._answer_deadline = None
+
+    def _answer_overdue(self) -> None:
+        """End what waits for its reader. What the application still does it ends itself, and says so."""
+        self._answer_deadline = None
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+        elif self._answering is not None:
+            self._set_answer_deadline(OVERDUE_LOOK_SECONDS)
+
     def _watch_stall(self) -> None:
+        """To be called where nothing is written for a while: what the buffer loses is then what the client took."""
         self._cancel_stall()
         unsent = self.transport.get_write_buffer_size()
-        self._stall_deadline = self.loop.call_later(self.send_timeout, self._stalled, unsent)
+        if unsent:
+            self._stall_deadline = self.loop.call_later(self.send_timeout, self._stalled, unsent)
 
     def _cancel_stall(self) -> None:
         if self._stall_deadline is not None:
@@ -183,20 +267,19 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._stall_deadline = None
 
     def _stalled(self, unsent_before: int) -> None:
-        """Nothing, or too little, was read for send_timeout: a slow reader is served, one that stopped is
-        not.
-        """
+        """A slow reader is served; one that took too little for send_timeout, or nothing, is not."""
         self._stall_deadline = None
-        if self.transport.get_write_buffer_size() < unsent_before:
-            self._watch_stall()
-        else:
+        taken = unsent_before - self.transport.get_write_buffer_size()
+        if taken < min(LEAST_TAKEN_BYTES, unsent_before):
             self.transport.abort()
+        else:
+            self._watch_stall()
 
 
 def bounded_by(settings: Settings) -> type[BoundedHttpProtocol]:
     """The protocol with these settings' deadlines."""
-    deadlines = {name: getattr(settings, name) for name in ("header_timeout", "body_timeout", "send_timeout")}
-    return type("BoundedHttpProtocol", (BoundedHttpProtocol,), deadlines)
+    names = ("header_timeout", "body_timeout", "send_timeout", "request_timeout")
+    return type("BoundedHttpProtocol", (BoundedHttpProtocol,), {name: getattr(settings, name) for name in names})
 
 
 def _tune(transport: asyncio.Transport, send_timeout: float) -> None:

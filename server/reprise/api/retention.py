@@ -261,6 +261,7 @@ class Generations:
 
     def _ended(self, generation: Generation) -> None:
         """Every choice is complete, or one has failed."""
+        generation.submitted.ticket.end()
         if generation.error is not None:
             self._hide(generation)
             generation.abort()
@@ -279,6 +280,7 @@ class Generations:
             reader.fail(error)
         if not generation.ended:
             generation.end(error)
+            generation.submitted.ticket.end()
             self._hide(generation)
             generation.abort()
             self._settle(generation)
