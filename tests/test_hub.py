@@ -98,6 +98,17 @@ def test_a_hub_that_cannot_be_reached_is_given_up_at_once_and_told_of(
     )
 
 
+def test_a_draft_model_of_a_hub_that_cannot_be_reached_is_given_up_at_once(
+    start_live_server: Start, tmp_path: Path, closed_endpoint: str, llama_directory: Path
+) -> None:
+    start = time.monotonic()
+    flags = ("--speculate", "draft", "--draft-model", "no/such-draft")
+    server = start_live_server(str(llama_directory), *flags, environ=environment(tmp_path, closed_endpoint))
+    _, error = ended(server)
+    assert time.monotonic() - start < 30
+    assert "--draft-model: There is no directory 'no/such-draft', and the hub cannot be reached" in error
+
+
 def test_a_name_that_the_hub_does_not_have_may_be_a_mistyped_directory(
     start_live_server: Start, tmp_path: Path, empty_hub: str
 ) -> None:

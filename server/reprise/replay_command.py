@@ -27,7 +27,7 @@ from reprise.printable import printable
 from reprise.replay.bundle import Bundle
 from reprise.replay.report import Report, make_report, render
 from reprise.replay.run import collect
-from reprise.serve import load_tokenizer
+from reprise.serve import load_tokenizer, reach_hub
 from reprise.settings import Settings
 from reprise.startup import LoadingDisplay
 from reprise.text.tokenizer import Tokenizer
@@ -90,7 +90,8 @@ def run(
             for settings, group in groupby(bundles, key=lambda item: item[2]):
                 with LoadingDisplay() as display:
                     display.show_stage("tokenizer")
-                    tokenizer = load_tokenizer(settings.model_path, settings.revision, None)
+                    unreachable = reach_hub(settings.model_path, settings.draft_model_path)
+                    tokenizer = load_tokenizer(settings.model_path, settings.revision, None, unreachable)
                     members = [(path, bundle) for path, bundle, _ in group]
                     uvloop.run(_replay_all(settings, tokenizer, display, members, circumstances, show))
         except ModelLoadError as error:

@@ -53,9 +53,10 @@ def run(settings: Settings, *, chat_template: str | None = None, engine_entry: E
         try:
             with LoadingDisplay() as display:
                 display.show_stage("tokenizer")
-                tokenizer = load_tokenizer(settings.model_path, settings.revision, chat_template)
+                unreachable = reach_hub(settings.model_path, settings.draft_model_path)
+                tokenizer = load_tokenizer(settings.model_path, settings.revision, chat_template, unreachable)
                 if settings.draft_model_path is not None:
-                    check_draft_model(settings.draft_model_path, tokenizer)
+                    check_draft_model(settings.draft_model_path, tokenizer, unreachable)
                 return uvloop.run(_serve(settings, listeners, tokenizer, display, engine_entry))
         except ModelLoadError as error:
             logger.error("cannot serve %s: %s", settings.model, error)
@@ -64,26 +65,35 @@ def run(settings: Settings, *, chat_template: str | None = None, engine_entry: E
             return ExitCode.OK
 
 
-def load_tokenizer(model: str, revision: str | None, chat_template: str | None) -> Tokenizer:
-    """The tokenizer of a directory or hub id; beside it the fork server begins. Raises ModelLoadError."""
-    from_hub = comes_from_hub(model)
-    unreachable = None
-    if from_hub:
+def reach_hub(*models: str | None) -> str | None:
+    """Why the hub cannot be reached, where one of the models comes from it. Raises ModelLoadError for no model's place.
+
+    Before anything is imported that reads whether the hub is to be asked, here or in a child.
+    """
+    from_hub = [model for model in models if model is not None and comes_from_hub(model)]
+    for model in from_hub:
         logger.info("there is no directory %r here: asking the hub, %s", model, endpoint(os.environ))
-        unreachable = go_offline_if_unreachable(os.environ)  # what is imported from here on reads it, in children too
+    return go_offline_if_unreachable(os.environ) if from_hub else None
+
+
+def load_tokenizer(model: str, revision: str | None, chat_template: str | None, unreachable: str | None) -> Tokenizer:
+    """The tokenizer of a directory or hub id; beside it the fork server begins. Raises ModelLoadError.
+
+    unreachable: what `reach_hub` found.
+    """
     start_fork_server()  # its imports take as long as ours, beside them
     keep_torch_out()
     take_over("huggingface_hub", "transformers")
-    if from_hub:
+    if comes_from_hub(model):
         find_on_hub(model, revision, unreachable=unreachable)
     return Tokenizer.load(model, revision=revision, chat_template=chat_template)
 
 
-def check_draft_model(model: str, tokenizer: Tokenizer) -> None:
+def check_draft_model(model: str, tokenizer: Tokenizer, unreachable: str | None) -> None:
     """Raises ModelLoadError where a draft model has other tokens than the model: it would guess something else."""
     try:
         if comes_from_hub(model):
-            find_on_hub(model, None, unreachable=go_offline_if_unreachable(os.environ))
+            find_on_hub(model, None, unreachable=unreachable)
         of_draft = Tokenizer.load(model).vocabulary
     except ModelLoadError as error:
         raise ModelLoadError(f"--draft-model: {error}") from None
