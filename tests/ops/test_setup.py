@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TOOLS = ("sh", "dirname", "sed", "grep", "mkdir", "cp", "cat", "rm", "env")
+TOOLS = ("sh", "dirname", "sed", "grep", "mkdir", "cp", "cat", "rm", "env", "ls", "touch")
 
 PYTHON = """#!/bin/sh
 case "$*" in
@@ -19,13 +19,17 @@ case "$*" in
 *"import ensurepip"*) [ ! -e "$STATE/no-venv-module" ] ;;
 *"%d.%d-venv"*) echo python3.11-venv ;;
 --version) echo Python 3.11.2 ;;
-"-m venv"*) mkdir -p "$4/bin" && for tool in python pip; do cp "$STATE/venv-$tool" "$4/bin/$tool"; done ;;
+"-m venv"*)
+    echo "$*" >>"$STATE/venv.log"
+    mkdir -p "$4/bin" && touch "$4/pyvenv.cfg"
+    for tool in python pip; do cp "$STATE/venv-$tool" "$4/bin/$tool"; done ;;
 *) exit 99 ;;
 esac
 """
 VENV_PYTHON = """#!/bin/sh
 case "$*" in
-"-m pip --version") ;;
+"-m pip --version") [ ! -e "$STATE/no-pip" ] ;;
+"-m ensurepip --default-pip") [ ! -e "$STATE/no-ensurepip" ] && rm "$STATE/no-pip" ;;
 *importlib.metadata*) cat "$STATE/torch" 2>/dev/null ;;
 *) exec "$REAL_PYTHON" "$@" ;;
 esac
@@ -225,6 +229,51 @@ def test_another_set_of_extras_in_an_environment_that_is_there(machine: Machine)
     assert machine.setup("serve").returncode == 0
     assert machine.setup("test").returncode == 0
     assert machine.log("pip")[2:] == ["install -q -e .[test] -e clients/python -c .venv/constraints.txt"]
+
+
+@pytest.mark.parametrize("venv", [".venv", ".", "../home"])
+def test_a_directory_that_is_no_environment_is_left_alone(machine: Machine, venv: str) -> None:
+    """`venv --clear` would remove all that is in it."""
+    directory = machine.root / "checkout" / venv
+    directory.mkdir(exist_ok=True)
+    (directory / "thesis.txt").write_text("all that I have")
+    result = machine.setup("serve", VENV=venv)
+    assert result.returncode == 1
+    assert f"setup: {venv} is no virtual environment, and not empty" in result.stderr
+    assert (directory / "thesis.txt").exists()
+    assert machine.log("venv") == []
+
+
+def test_an_environment_without_pip_keeps_what_it_has(machine: Machine) -> None:
+    """As other tools make them."""
+    assert machine.setup("serve").returncode == 0
+    machine.has("no-pip")
+    (machine.root / "checkout/.venv/other").touch()
+    result = machine.setup("serve")
+    assert result.returncode == 0
+    assert "pip in .venv, which had none" in result.stdout
+    assert (machine.root / "checkout/.venv/other").exists()
+    assert len(machine.log("venv")) == 1
+
+
+def test_an_environment_that_cannot_have_pip_is_left_alone(machine: Machine) -> None:
+    assert machine.setup("serve").returncode == 0
+    machine.has("no-pip", "no-ensurepip")
+    result = machine.setup("serve")
+    assert (result.returncode, len(machine.log("venv"))) == (1, 1)
+    assert "the environment .venv has no pip: install pip in it, or remove it" in result.stderr
+
+
+def test_a_broken_environment_is_made_anew(machine: Machine) -> None:
+    assert machine.setup("serve").returncode == 0
+    (machine.root / "checkout/.venv/bin/python").unlink()
+    assert machine.setup("serve").returncode == 0
+    assert machine.log("venv") == ["-m venv --clear .venv"] * 2
+
+
+def test_an_empty_directory_becomes_an_environment(machine: Machine) -> None:
+    (machine.root / "checkout/.venv").mkdir()
+    assert machine.setup("serve").returncode == 0
 
 
 def test_an_unknown_set_of_extras_is_refused_before_anything_is_made(machine: Machine) -> None:
