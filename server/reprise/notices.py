@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 from reprise.settings import Settings
 
+SHORT_KEY = 8
+"""Characters."""
+
 
 class Notice(NamedTuple):
     """A sentence for the operator, and its level as `logging` counts them."""
@@ -27,6 +30,14 @@ def startup_notices(settings: Settings, *, in_container: bool) -> list[Notice]:
     if settings.draft_model is not None and settings.draft_model_path is None:
         notices.append(
             Notice(logging.WARNING, "draft_model is without effect: it takes speculate: draft, --speculate draft")
+        )
+    if any(len(key.get_secret_value()) < SHORT_KEY for key in settings.api_key):
+        notices.append(
+            Notice(
+                logging.WARNING,
+                f"an API key has fewer than {SHORT_KEY} characters, and can be guessed (commas part the keys of"
+                " REPRISE_API_KEY)",
+            )
         )
     if not _is_wildcard(settings.host) or settings.api_key:
         return notices

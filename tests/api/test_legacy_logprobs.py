@@ -54,6 +54,13 @@ def test_a_space_that_the_tokenizer_put_before_the_text_is_not_in_it() -> None:
     assert writer.generated([entry(2)]).text_offset == [9]
 
 
+def test_a_tokenizer_that_reads_another_text_puts_offsets_out_by_that_and_no_more() -> None:
+    """As of one that reads a letter and its accent as one character: each word behind has its own space."""
+    vocabulary = Vocabulary(["café".encode(), b" and", b" tea", b" for", b" two"], [], exact=True)
+    arrays = LegacyLogprobsWriter(vocabulary).prompt("cafe\u0301 and tea for two", range(5), [None] * 5)
+    assert arrays.text_offset == [0, 4, 8, 12, 16]
+
+
 def test_what_is_generated_begins_where_the_text_ends() -> None:
     """A tokenizer may read another text than was given, as one that has no capital letters and no accents."""
     writer = LegacyLogprobsWriter(VOCABULARY)

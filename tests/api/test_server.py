@@ -180,6 +180,15 @@ def test_one_request_is_not_several() -> None:
     ]
 
 
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_all_addresses_are_those_of_both_kinds() -> None:
+    port = free_port()
+    (listener,) = bind(Settings(host="::", port=port))
+    for address in ("127.0.0.1", "::1"):
+        socket.create_connection((address, port), timeout=10).close()
+    listener.close()
+
+
 def test_bind_listens_on_every_address_of_the_host() -> None:
     for host in ("127.0.0.1", "localhost"):
         port = free_port()

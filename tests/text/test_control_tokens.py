@@ -114,6 +114,17 @@ def test_continued_message_is_covered(byte_tokenizer: Tokenizer) -> None:
     assert control_ids(byte_tokenizer, token_ids) == control_ids(byte_tokenizer, expected)
 
 
+def test_control_tokens_in_the_names_of_arguments_stay_text(tmp_path: Path) -> None:
+    """What a model called, as a client says, is an object of any names."""
+    template = "<|im_start|>{{ messages[0].arguments | tojson }}"
+    tokenizer = Tokenizer.load(str(save_model(tmp_path, byte_level(), chat_template=template)))
+    message = {"role": "assistant", "arguments": {"a<|im_end|>": {"<s>": ["<|im_start|>"]}}}
+    token_ids = tokenizer.encode_chat([message], add_generation_prompt=False)
+    written = '<|im_start|>{"a<|im_end|>": {"<s>": ["<|im_start|>"]}}'
+    assert tokenizer.decode(token_ids, skip_special_tokens=False) == written
+    assert len(control_ids(tokenizer, token_ids)) == 1
+
+
 @pytest.mark.parametrize("content", ["", "\ufdd0", "\ufdd1\ufdd0", "<|im_end|>", "<|im_end|><|im_end|>"])
 def test_edge_cases(byte_tokenizer: Tokenizer, content: str) -> None:
     innocent = control_ids(byte_tokenizer, encode(byte_tokenizer, "x"))

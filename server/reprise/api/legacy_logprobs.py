@@ -57,17 +57,19 @@ class LegacyLogprobsWriter:
         """The arrays of an echoed prompt; the first token has no probability.
 
         Special tokens that the tokenizer added are in the arrays and not in the text, nor is a space that it put
-        before a word. What is generated begins where the text ends, also where the tokenizer reads another one.
+        before the text, or behind a special token. What is generated begins where the text ends, also where the
+        tokenizer reads another one.
         """
         arrays = LegacyLogprobs([], [], [], [])
-        end = 0
+        end, begins = 0, True
         for token_id, entry in zip(token_ids, entries, strict=False):
             data = self._vocabulary.data(token_id)
             self._append(arrays, _spelt(data), entry)
             if token_id in self._vocabulary.special_token_ids and not text.startswith(data.decode(), end):
                 data = b""
-            elif data.startswith(b" ") and not text.startswith(" ", end):
+            elif begins and data.startswith(b" ") and not text.startswith(" ", end):
                 data = data[1:]
+            begins = token_id in self._vocabulary.special_token_ids
             arrays.text_offset.append(self._position.push(data))
             end = self._position.num_characters
         self._position.move_to(len(text))

@@ -45,7 +45,9 @@ def bind(settings: Settings) -> list[socket.socket]:
         for family, _, _, _, address in socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         ):
-            listener = socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+            # Of `::` alone: a socket for all of IPv6 takes IPv4 as well, unless it is told not to.
+            both = address[0] == "::" and socket.has_dualstack_ipv6()
+            listener = socket.create_server(address[:2], family=family, backlog=_BACKLOG, dualstack_ipv6=both)
             listener.setblocking(False)  # noqa: FBT003 - the standard library names no argument
             listeners.append(listener)
     except OSError as error:

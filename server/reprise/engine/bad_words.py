@@ -47,7 +47,6 @@ class BadWordAutomaton:
     def __init__(self, words: Sequence[bytes]) -> None:
         if not all(words):
             raise ValueError("A bad word must have at least one byte.")
-        self.words = tuple(words)
         self._next = _transitions(words)
         self.dead = len(self._next) - 1
         self._cache: OrderedDict[int, BoolArray] = OrderedDict()

@@ -67,7 +67,7 @@ def _tensors(directory: Path) -> dict[str, Tensor]:
     if (directory / _FILE).exists():
         names = [_FILE]
     else:
-        # In the order of transformers, of which the last one counts where a tensor is in several files.
+        # Sorted, as transformers reads them: of a tensor in several files the last one counts.
         names = sorted(set(json.loads((directory / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
     tensors: dict[str, Tensor] = {}
     for name in names:

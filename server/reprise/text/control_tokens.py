@@ -42,14 +42,14 @@ class ControlTokens:
         self._lock = threading.Lock()
 
     def mark(self, value: Any) -> Any:
-        """A copy of strings, lists and mappings (values, not keys), each control token between two marks.
+        """A copy of strings, lists and mappings, keys included, each control token between two marks.
 
         Marks that are in a text already do no harm: they vanish, and no control token forms across them.
         """
         if isinstance(value, str):
             return self._mark_text(value)
         if isinstance(value, Mapping):
-            return {key: self.mark(item) for key, item in value.items()}
+            return {self.mark(key): self.mark(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [self.mark(item) for item in value]
         return value

@@ -120,7 +120,8 @@ class StreamDecoder:
         self.num_events = 0
         self.last_event_id: str | None = None
         self._request_id = request_id
-        self._rest = b""
+        self._begun: list[bytes] = []
+        """Pieces of the line that is not complete yet."""
         self._data: list[str] = []
         self._event_id: str | None = None
 
@@ -131,7 +132,7 @@ class StreamDecoder:
 
     def restart(self) -> None:
         """Another connection goes on after the last whole event."""
-        self._rest, self._data, self._event_id = b"", [], None
+        self._begun, self._data, self._event_id = [], [], None
 
     def feed(self, data: bytes) -> Iterator[Chunk]:
         """The chunks that these bytes complete. Raises APIError where the server reports one in the stream.
@@ -139,9 +140,12 @@ class StreamDecoder:
         Only what ends a line of such a stream ends one here: a text may have other characters that `str.splitlines`,
         and httpx's lines with it, take for the end of a line.
         """
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        for line in lines:
-            yield from self._feed_line(line.removesuffix(b"\r").decode(errors="replace"))
+        first, *others = data.split(b"\n")
+        self._begun.append(first)
+        if others:
+            first, self._begun = b"".join(self._begun), [others.pop()]
+            for line in (first, *others):
+                yield from self._feed_line(line.removesuffix(b"\r").decode(errors="replace"))
 
     def _feed_line(self, line: str) -> list[Chunk]:
         if line.startswith("data:"):
