@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -94,7 +95,8 @@ def test_a_hub_that_cannot_be_reached_is_given_up_at_once_and_told_of(
     assert f"there is no directory 'no/such-model-xyz' here: asking the hub, {closed_endpoint}" in said
     assert error == (
         "cannot serve no/such-model-xyz: There is no directory 'no/such-model-xyz', and the hub cannot be reached"
-        " (127.0.0.1: Connection refused), and its cache on this machine has no such model."
+        " (127.0.0.1: Connection refused; HF_HUB_OFFLINE=0 has it asked all the same), and its cache on this machine"
+        " has no such model."
     )
 
 
@@ -151,11 +153,33 @@ def test_an_address_that_refuses_sets_offline(closed_endpoint: str) -> None:
     assert environ["HF_HUB_OFFLINE"] == "1"
 
 
-def test_a_proxy_is_left_to_look_up_the_name(closed_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("http_proxy", "http://proxy.invalid:3128")
+@pytest.mark.parametrize("variable", ["http_proxy", "all_proxy"])
+def test_a_proxy_is_left_to_look_up_the_name(
+    closed_endpoint: str, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "http://proxy.invalid:3128")
     assert go_offline_if_unreachable({"HF_ENDPOINT": closed_endpoint}) is None
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     assert go_offline_if_unreachable({"HF_ENDPOINT": closed_endpoint}) is not None
+
+
+def test_one_address_that_answers_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where IPv6 leads nowhere: its address comes first, and what is sent there is lost."""
+    release = threading.Event()
+
+    def of_one(address: tuple[str, int], **_: Any) -> socket.socket:
+        if address[0] == "2001:db8::1":
+            release.wait(30)
+            raise OSError("released")
+        return socket.socket()
+
+    found = [(socket.AF_INET6, 1, 6, "", ("2001:db8::1", 80, 0, 0)), (socket.AF_INET, 1, 6, "", ("192.0.2.1", 80))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    monkeypatch.setattr(socket, "create_connection", of_one)
+    try:
+        assert go_offline_if_unreachable({}) is None
+    finally:
+        release.set()
 
 
 def test_a_name_whose_look_up_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +190,7 @@ def test_a_name_whose_look_up_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch)
         raise OSError("released")
 
     monkeypatch.setattr(hub, "REACH_SECONDS", 0.05)
-    monkeypatch.setattr(socket, "create_connection", hang)
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
     try:
         assert go_offline_if_unreachable({}) == "huggingface.co did not answer within 0.05 s"
     finally:

@@ -9,7 +9,8 @@ import logging
 import queue
 import socket
 import threading
-from collections.abc import Mapping, MutableMapping
+import time
+from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -88,7 +89,7 @@ def _unasked(unreachable: str | None, error: Exception) -> str:
     from huggingface_hub.constants import is_offline_mode
 
     if unreachable is not None:
-        return f"the hub cannot be reached ({unreachable})"
+        return f"the hub cannot be reached ({unreachable}; {OFFLINE}=0 has it asked all the same)"
     if is_offline_mode():
         return f"the hub is not asked because {OFFLINE} is set"
     return f"the hub did not answer ({_one_line(error.__cause__ or error)})"
@@ -102,21 +103,46 @@ def _unreachable(url: str) -> str | None:
     """Why no connection to a URL's host can be had; None where one can, or where a proxy would be asked instead."""
     address = urlsplit(url)
     host, port = address.hostname, address.port or (80 if address.scheme == "http" else 443)
-    if host is None or (address.scheme in getproxies() and not proxy_bypass(host)):
+    if host is None or ({address.scheme, "all"} & getproxies().keys() and not proxy_bypass(host)):
         return None
-    outcome: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    answers: queue.SimpleQueue[OSError | list[str] | None] = queue.SimpleQueue()
 
-    def connect() -> None:
+    def ask(function: Callable[[str, int], list[str] | None], name: str) -> None:
+        def call() -> None:
+            try:
+                answers.put(function(name, port))
+            except OSError as error:
+                answers.put(error)
+
+        # In a thread, for looking up a name has no time limit of its own.
+        threading.Thread(target=call, name="reach-hub", daemon=True).start()
+
+    ask(_addresses, host)
+    num_asked, cause, deadline = 1, "", time.monotonic() + REACH_SECONDS
+    while num_asked:
         try:
-            socket.create_connection((host, port), timeout=REACH_SECONDS).close()
-        except OSError as error:
-            outcome.put(f"{host}: {error.strerror or error}")
-        else:
-            outcome.put(None)
+            answer = answers.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            return f"{host} did not answer within {REACH_SECONDS:g} s"
+        num_asked -= 1
+        if answer is None:
+            return None
+        if isinstance(answer, OSError):
+            cause = f"{host}: {answer.strerror or answer}"
+            continue
+        # All at once: where IPv6 leads nowhere, the other address answers.
+        for found in answer:
+            ask(_connect, found)
+        num_asked += len(answer)
+    return cause
 
-    # A thread, for looking up a name has no time limit of its own.
-    threading.Thread(target=connect, name="reach-hub", daemon=True).start()
-    try:
-        return outcome.get(timeout=REACH_SECONDS)
-    except queue.Empty:
-        return f"{host} did not answer within {REACH_SECONDS:g} s"
+
+def _addresses(host: str, port: int) -> list[str]:
+    """Raises OSError."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(address[0]) for *_, address in found))
+
+
+def _connect(address: str, port: int) -> None:
+    """Raises OSError where nobody answers there."""
+    socket.create_connection((address, port), timeout=REACH_SECONDS).close()
