@@ -156,9 +156,13 @@ async def test_metrics(server: Loopback, engine: ScriptedEngine) -> None:
     assert single["reprise_outputs_dropped_total"] == 5
     assert single["reprise_last_recovery_seconds"] == 0.25
     assert single["reprise_memory_shortages_total"] == 7
+    # Each from the start, or `rate` and `increase` would miss the first one.
     assert found["reprise_choices_failed_total"] == {
-        (("code", "numerical_error"),): 2,
         (("code", "capacity"),): 1,
+        (("code", "forward_error"),): 0,
+        (("code", "internal_error"),): 0,
+        (("code", "no_admissible_token"),): 0,
+        (("code", "numerical_error"),): 2,
     }
     assert single["reprise_admission_rejections_total"] == 0
     assert single["reprise_time_to_first_token_seconds_count"] == 2

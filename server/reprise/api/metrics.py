@@ -14,6 +14,9 @@ from reprise.types import ChoiceDelta
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 2.5, 10)
 
+FAILURES = ("capacity", "forward_error", "internal_error", "no_admissible_token", "numerical_error")
+"""Codes of what a choice may fail of in the engine: each is shown before its first."""
+
 
 class Metrics:
     """One registry for one app. Labels are route templates and statuses: never a client's own words."""
@@ -152,7 +155,7 @@ class _EngineCollector:
             "Choices that failed in a living engine, by error code.",
             labels=["code"],
         )
-        for code, count in self._engine.num_failed.items():
+        for code, count in {**dict.fromkeys(FAILURES, 0), **self._engine.num_failed}.items():
             failed.add_metric([code], count)
         yield failed
         yield _counter("admission_rejections", "Requests refused as too many.", self._num_rejections())
