@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import shutil
 import stat
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -131,6 +134,86 @@ def test_a_row_of_failures_is_logged_once_and_ends(
     assert len(caplog.records) == 2
 
 
+class FullDisk:
+    """Takes the place of `os.open` for a directory: it has room for so many files."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, directory: Path, *, room: int, code: int) -> None:
+        self.directory = directory
+        self.room = room
+        self.code = code
+        self.num_tries = 0
+        self._open = os.open
+        monkeypatch.setattr(os, "open", self.open)
+
+    def open(self, path: Path, *arguments: int) -> int:
+        self.num_tries += 1
+        if len(names(self.directory)) >= self.room:
+            raise OSError(self.code, os.strerror(self.code), str(path))
+        return self._open(path, *arguments)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_where_the_disk_is_full_the_oldest_make_room(
+    store: BundleStore, directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    FullDisk(monkeypatch, directory, room=2, code=code)
+    put(store, "cmpl-1", "cmpl-2", "cmpl-3", "cmpl-4")
+    store.close()
+    assert names(directory) == ["cmpl-3.json", "cmpl-4.json"]
+    assert (store.num_written, store.num_failed) == (4, 0)
+    assert [record.message for record in caplog.records] == [
+        f"{directory}: {os.strerror(code)}; the oldest bundles are removed to make room"
+    ]
+
+
+def test_room_that_is_made_is_told_once_until_there_is_room_for_all(
+    store: BundleStore, directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk = FullDisk(monkeypatch, directory, room=2, code=errno.ENOSPC)
+    put(store, "cmpl-1", "cmpl-2", "cmpl-3")
+    store_is_through(store)
+    (directory / "cmpl-2.json").unlink()
+    put(store, "cmpl-4", "cmpl-5")
+    store_is_through(store)
+    assert len(caplog.records) == 1
+    disk.room = 4
+    put(store, "cmpl-6", "cmpl-7", "cmpl-8")
+    store_is_through(store)
+    disk.room = 2
+    put(store, "cmpl-9")
+    store.close()
+    assert len(caplog.records) == 2
+
+
+def test_a_disk_that_others_fill_costs_few_bundles(
+    store: BundleStore, directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(store, "cmpl-1", "cmpl-2", "cmpl-3")
+    store_is_through(store)
+    disk = FullDisk(monkeypatch, directory, room=0, code=errno.ENOSPC)
+    put(store, "cmpl-4")
+    store.close()
+    assert disk.num_tries == store_module.MAX_TRIES
+    assert names(directory) == ["cmpl-3.json"]
+    assert (store.num_written, store.num_failed) == (3, 1)
+    assert [record.message for record in caplog.records] == [
+        f"{directory}: No space left on device; the oldest bundles are removed to make room",
+        f"a bundle could not be written: {directory}: No space left on device; further failures are only counted",
+    ]
+
+
+def test_a_large_bundle_takes_the_place_of_several_small_ones(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = BundleStore(directory, max_bundles=9)
+    put(store, *(f"cmpl-{number}" for number in range(1, 9)))
+    store_is_through(store)
+    disk = FullDisk(monkeypatch, directory, room=5, code=errno.ENOSPC)
+    large = bundle(id="cmpl-9", parameters={"prompt": "x" * 3 * (directory / "cmpl-1.json").stat().st_size})
+    store.put(lambda: large)
+    store.close()
+    assert names(directory) == [f"cmpl-{number}.json" for number in range(5, 10)]
+    assert disk.num_tries == 2
+
+
 def store_is_through(store: BundleStore) -> None:
     asyncio.run(store.get("cmpl-nothing"))
 
@@ -174,6 +257,41 @@ def test_a_disk_that_is_too_slow_holds_nobody_up(store: BundleStore) -> None:
     assert store.num_written == store_module.MAX_PENDING
     put(store, "cmpl-1")
     assert store.num_written == store_module.MAX_PENDING, "closed"
+
+
+def test_a_disk_that_hangs_holds_the_end_up_for_a_few_seconds_at_most(
+    store: BundleStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(store_module, "CLOSE_SECONDS", 0.05)
+    go_on = threading.Event()
+
+    def hang() -> Bundle:
+        assert go_on.wait(60)
+        return bundle()
+
+    for _ in range(3):
+        store.put(hang)
+    began = time.monotonic()
+    store.close()
+    assert time.monotonic() - began < 5
+    assert [record.message for record in caplog.records] == ["3 bundles were not written: the disk is too slow"]
+    with pytest.raises(BundleError, match="closed"):
+        get(store, "cmpl-1")
+    go_on.set()
+
+
+def test_a_process_ends_though_its_disk_hangs(tmp_path: Path) -> None:
+    program = f"""
+import threading
+from pathlib import Path
+from reprise.replay import store
+
+store.CLOSE_SECONDS = 0.05
+bundles = store.BundleStore(Path({str(tmp_path)!r}), max_bundles=1)
+bundles.put(threading.Event().wait)
+bundles.close()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 def test_a_place_that_cannot_be_written_is_a_setting_at_fault(tmp_path: Path) -> None:

@@ -106,10 +106,21 @@ class Service:
         self.generations.drain()
 
     def close(self) -> None:
+        """End the threads.
+
+        In an event loop the last bundles are written beside it: its own end, `shutdown_default_executor`, waits for
+        them, while signals are heard and the engine is stopped.
+        """
         self.text_threads.close()
         self.token_threads.close()
-        if self.bundles is not None:
+        if self.bundles is None:
+            return
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
             self.bundles.close()
+        else:
+            loop.run_in_executor(None, self.bundles.close)
 
 
 def _longest_token(tokenizer: Tokenizer) -> int | None:
