@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import gc
 import json
@@ -17,6 +18,7 @@ from reprise.config import ResolvedSettings, resolve_settings
 from reprise.errors import BundleError, ConfigError
 from reprise.exit_code import ExitCode
 from reprise.generation.fork_server import start_fork_server
+from reprise.generation.supervision import HangLimits
 from reprise.ipc.messages import EngineConfig
 from reprise.printable import printable
 from reprise.replay.bundle import Bundle, read_bundle
@@ -84,10 +86,11 @@ class SettingsCommand(click.Command):
 
 
 class ReplayCommand(SettingsCommand):
-    """A command that takes the settings of a bundle, the model among them."""
+    """A command that takes the settings of a bundle, the model among them, and when an engine counts as hung."""
 
     def __init__(self, **attributes: Any) -> None:
-        names = [name for name in Settings.model_fields if name in EngineConfig.__struct_fields__]
+        of_engines = {*EngineConfig.__struct_fields__, *(field.name for field in dataclasses.fields(HangLimits))}
+        names = [name for name in Settings.model_fields if name in of_engines]
         settings = [SettingOption(name, of_server=False) for name in names]
         super(SettingsCommand, self).__init__(params=[*attributes.pop("params", []), *settings], **attributes)
 
@@ -170,10 +173,10 @@ def replay_command(
     """Run the responses of BUNDLE files again, compare them bit by bit, and show the first difference.
 
     `reprise serve --bundle-dir` writes the files. What no flag sets is as in the bundle: the model, the device, the
-    number format and the other settings.
+    number format and the other settings. A bundle that cannot be run is told, and the others are run.
 
-    Exit codes: 0 identical; 1 something differs; 2 a bundle or a flag is unusable; 3 the model is not loadable, or
-    not the bundle's.
+    Exit codes: 0 identical; 1 something differs; 2 a flag is unusable, or a bundle is or could not be run, whatever
+    the others gave; 3 the model is not loadable, or not the bundle's.
     """
     read = [(path, read_bundle(path)) for path in bundles]
     given = {name: value for name, value in flags.items() if value is not None}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import groupby
@@ -18,9 +18,10 @@ import uvloop
 from reprise.api.replayable import check_replayable
 from reprise.api.sampling import Served
 from reprise.api.service import served_text
-from reprise.errors import ModelLoadError, UnavailableError
+from reprise.errors import BundleError, GenerationError, ModelLoadError, UnavailableError
 from reprise.generation.async_engine import AsyncEngine
 from reprise.generation.request_stream import Reader
+from reprise.generation.supervision import HangLimits
 from reprise.ipc.messages import Ready
 from reprise.logs import logging_to
 from reprise.printable import printable
@@ -46,6 +47,7 @@ class ReplayExitCode(IntEnum):
     DIFFERENT = 1
     """Or the engine was lost on the way."""
     BUNDLE = 2
+    """At least one could not be run to its end, whatever the others gave."""
     MODEL = 3
     INTERRUPTED = 130
 
@@ -71,20 +73,31 @@ class Replayed(msgspec.Struct, frozen=True):
     report: Report
 
 
+class _Outcomes:
+    """Prints what each bundle gave, and keeps the exit code: the highest of all."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self._as_json = as_json
+        self.exit_code = ReplayExitCode.IDENTICAL
+
+    def replayed(self, replayed: Replayed) -> None:
+        click.echo(msgspec.json.encode(replayed) if self._as_json else text_of(replayed))
+        if not replayed.report.identical:
+            self.exit_code = max(self.exit_code, ReplayExitCode.DIFFERENT)
+
+    def refused(self, path: Path, error: BundleError) -> None:
+        logger.error("cannot replay %s: %s", printable(str(path)), printable(str(error)))
+        self.exit_code = max(self.exit_code, ReplayExitCode.BUNDLE)
+
+
 def run(
     bundles: Sequence[tuple[Path, Bundle, Settings]], circumstances: Circumstances, *, as_json: bool = False
 ) -> int:
     """Run bundles again, each with the model of its settings, and print the reports. Returns the exit code.
 
-    as_json: an object a line instead of text. Raises BundleError for a bundle that cannot be run on its model.
+    as_json: an object a line instead of text. A bundle that cannot be run on its model is logged.
     """
-    all_identical = True
-
-    def show(replayed: Replayed) -> None:
-        nonlocal all_identical
-        all_identical &= replayed.report.identical
-        click.echo(msgspec.json.encode(replayed) if as_json else text_of(replayed))
-
+    outcomes = _Outcomes(as_json=as_json)
     with logging_to(log_format="text"):
         try:
             for settings, group in groupby(bundles, key=lambda item: item[2]):
@@ -93,7 +106,7 @@ def run(
                     unreachable = reach_hub(settings.model_path, settings.draft_model_path)
                     tokenizer = load_tokenizer(settings.model_path, settings.revision, None, unreachable)
                     members = [(path, bundle) for path, bundle, _ in group]
-                    uvloop.run(_replay_all(settings, tokenizer, display, members, circumstances, show))
+                    uvloop.run(_replay_all(settings, tokenizer, display, members, circumstances, outcomes))
         except ModelLoadError as error:
             logger.error("cannot replay: %s", printable(str(error)))
             return ReplayExitCode.MODEL
@@ -102,7 +115,7 @@ def run(
             return ReplayExitCode.DIFFERENT
         except KeyboardInterrupt:
             return ReplayExitCode.INTERRUPTED
-    return ReplayExitCode.IDENTICAL if all_identical else ReplayExitCode.DIFFERENT
+    return outcomes.exit_code
 
 
 async def _replay_all(
@@ -111,15 +124,21 @@ async def _replay_all(
     display: LoadingDisplay,
     bundles: Sequence[tuple[Path, Bundle]],
     circumstances: Circumstances,
-    show: Callable[[Replayed], None],
+    outcomes: _Outcomes,
 ) -> None:
-    engine = AsyncEngine(settings.engine_config(), tokenizer, on_progress=display.show)
+    limits = HangLimits(settings.heartbeat_timeout, settings.step_timeout, settings.load_timeout)
+    engine = AsyncEngine(settings.engine_config(), tokenizer, on_progress=display.show, limits=limits)
     try:
         info = await _load(engine, settings)
         display.close()
         for path, bundle in bundles:
             _check_weights(bundle, info, settings, circumstances)
-            show(await _replay(path, bundle, engine, tokenizer, info, circumstances))
+            try:
+                replayed = await _replay(path, bundle, engine, tokenizer, info, circumstances)
+            except BundleError as error:
+                outcomes.refused(path, error)
+            else:
+                outcomes.replayed(replayed)
     finally:
         await engine.stop()
 
@@ -155,6 +174,7 @@ async def _replay(
     info: Ready,
     circumstances: Circumstances,
 ) -> Replayed:
+    """Raises BundleError where it cannot be run on this model, or not to its end."""
     served = Served(
         tokenizer=tokenizer,
         max_sequence_tokens=info.max_sequence_tokens,
@@ -172,11 +192,13 @@ async def _replay(
         beside = [engine.submit(request) for request in _company(circumstances.company, num_runs, requests, served)]
         streams = [engine.submit(request) for request in requests]
         try:
-            found, error = await collect(bundle, requests, Reader(streams))
+            found, failure = await collect(bundle, requests, Reader(streams))
+        except GenerationError as error:
+            raise BundleError(f"{error} ({error.code})") from None
         finally:
             for stream in (*streams, *beside):
                 stream.close()
-        report = make_report(bundle, found, error, info=info, text=text, spell=tokenizer.vocabulary.data)
+        report = make_report(bundle, found, failure, info=info, text=text, spell=tokenizer.vocabulary.data)
         if not report.identical or num_runs >= circumstances.times:
             return Replayed(str(path), num_runs, report)
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import threading
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,35 @@ async def test_an_error_is_expected_again(
         engine.enqueue([script[0], ChoiceDelta(index=0, text="b", token_ids=[41])])
         report = (await server.post("/v1/replay", {"id": bundle.id})).json()
         assert (report["identical"], report["found_error"]) == (False, None)
+
+
+async def test_the_siblings_of_a_failed_choice_may_have_come_less_far(
+    recording: AbstractAsyncContextManager[Loopback], directory: Path, engine: ScriptedEngine
+) -> None:
+    first, *siblings = [ChoiceDelta(index=n > 0, text="a", token_ids=[40 + n]) for n in range(4)]
+    broken = GenerationError("broken", code="numerical_error")
+    async with recording as server:
+        engine.enqueue([first, *siblings, broken])
+        assert (await server.post("/v1/completions", {"prompt": "a", "n": 2})).status_code == 500
+        bundle = await written(directory)
+        engine.enqueue([first, siblings[0], broken])
+        report = (await server.post("/v1/replay", {"id": bundle.id})).json()
+        assert (report["identical"], [choice["num_tokens"] for choice in report["choices"]]) == (True, [1, 1])
+        engine.enqueue([first, siblings[1], broken])
+        assert not (await server.post("/v1/replay", {"id": bundle.id})).json()["identical"]
+
+
+@pytest.mark.parametrize(("code", "status"), [("capacity", 503), ("request_timeout", 504), ("incomplete", 500)])
+async def test_what_befalls_a_replay_is_told_as_of_any_request(
+    recording: AbstractAsyncContextManager[Loopback], engine: ScriptedEngine, code: str, status: int
+) -> None:
+    async with recording as server:
+        response_id = (await server.post("/v1/completions", {"prompt": "a"})).json()["id"]
+        engine.enqueue([ChoiceDelta(index=0, text="a", token_ids=[40]), GenerationError("no", code=code)])
+        response = await server.post("/v1/replay", {"id": response_id})
+        assert (response.status_code, response.json()["error"]["code"]) == (status, code)
+        assert response.headers["x-should-retry"] == ("true" if status == 503 else "false")
+        assert (await server.post("/v1/replay", {"id": response_id})).json()["identical"]
 
 
 async def test_what_came_until_the_client_left_is_compared(
@@ -375,8 +405,25 @@ async def test_what_has_ended_is_written_before_the_server_ends(
         waiting = asyncio.create_task(server.post("/v1/completions", {"prompt": "a"}))
         await eventually(lambda: len(engine.streams) == 21 and engine.streams[-1].num_entries == 2)
     await asyncio.gather(waiting, return_exceptions=True)
+    await asyncio.get_running_loop().shutdown_default_executor()  # as at the end of `reprise serve`
     outcomes = sorted(read_bundle(path).outcome for path in files(directory))
     assert outcomes == ["aborted", *["complete"] * 20]
+
+
+async def test_the_loop_goes_on_while_the_last_bundles_are_written(
+    recording: AbstractAsyncContextManager[Loopback], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, written_all, closed = asyncio.get_running_loop(), threading.Event(), threading.Event()
+
+    def close() -> None:
+        loop.call_soon_threadsafe(written_all.set)
+        if written_all.wait(5):
+            closed.set()
+
+    async with recording as server:
+        monkeypatch.setattr(server.app.state.service.bundles, "close", close)
+    await loop.shutdown_default_executor()
+    assert closed.is_set(), "somebody waited on the loop"
 
 
 def REQUEST_LIKE(engine: ScriptedEngine) -> Any:  # noqa: N802 # placeholder

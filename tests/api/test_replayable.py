@@ -149,6 +149,46 @@ def test_so_are_prompts_and_stop_strings(served: Served, changes: dict[str, Any]
     assert message in str(caught.value)
 
 
+def predicted(served: Served, text: str = "Hello there") -> GenerationRequest:
+    """A chat that says what its answer is expected to be."""
+    body = MESSAGES | {"prediction": {"type": "content", "content": text}}
+    request = parse(ChatCompletionRequest, msgspec.json.encode(body))
+    (made,) = chat.to_generation(request, served, response_id="chatcmpl-1", seed=7)
+    return made
+
+
+def test_a_prediction_is_carried_over(served: Served) -> None:
+    request = predicted(served)
+    assert request.prediction_token_ids
+    assert check_replayable(recorded(request), served) == [request]
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "message"),
+    [
+        ([5] * 65, "'prediction_token_ids': it has 65 tokens, and this server takes 64"),
+        ([5, -1], "'prediction_token_ids[1]'"),
+        ([10**6], "'prediction_token_ids[0]'"),
+        ([2**70], "'prediction_token_ids[0]'"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_predictions_that_no_client_could_send_are_refused(served: Served, token_ids: list[int], message: str) -> None:
+    request = msgspec.structs.replace(predicted(served), prediction_token_ids=token_ids)
+    with pytest.raises(BundleError) as caught:
+        check_replayable(recorded(request), served)
+    assert str(caught.value).startswith("generations[0].request of the bundle cannot be run here: ")
+    assert message in str(caught.value)
+
+
+def test_predictions_have_a_limit_in_a_long_context_too(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = predicted(served)
+    limit = len(request.prediction_token_ids) - 1
+    monkeypatch.setattr(chat, "MAX_PREDICTION_TOKENS", limit)
+    with pytest.raises(BundleError, match=f"'prediction_token_ids': .* this server takes {limit}"):
+        check_replayable(recorded(request), served)
+
+
 @pytest.mark.parametrize("num_choices", [0, -1, 129])
 def test_so_are_numbers_of_choices(served: Served, num_choices: int) -> None:
     (request,) = of_completion(served)

@@ -24,6 +24,7 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "chat": (CHAT, MESSAGES | SAMPLED | {"logprobs": True, "top_logprobs": 3}),
     "chat stream": (CHAT, MESSAGES | SAMPLED | {"stream": True, "stop": ["e", "\n"], "presence_penalty": 0.5}),
     "greedy": (CHAT, MESSAGES | {"temperature": 0, "max_tokens": 16, "ignore_eos": True}),
+    "prediction": (CHAT, MESSAGES | SAMPLED | {"prediction": {"type": "content", "content": "The quick brown fox"}}),
     "completion": (COMPLETIONS, SAMPLED | {"prompt": ["The quick", "fox"], "logprobs": 2, "stop": ["ab", "o"]}),
     "echo": (COMPLETIONS, {"prompt": "The quick brown fox", "echo": True, "logprobs": 2, "max_tokens": 6}),
     "masks": (COMPLETIONS, SAMPLED | {"prompt": "The", "bad_words": ["a"], "logit_bias": {"40": 3}}),

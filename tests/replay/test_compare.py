@@ -17,8 +17,8 @@ def spell(token_id: int) -> bytes:
     return f"<{token_id}>".encode()
 
 
-def compare(expected: Choice, found: Choice) -> ChoiceReport:
-    return compare_choices(expected, found, PROMPT, index=3, spell=spell)
+def compare(expected: Choice, found: Choice, *, cut_off: bool = False) -> ChoiceReport:
+    return compare_choices(expected, found, PROMPT, index=3, spell=spell, cut_off=cut_off)
 
 
 def only(report: ChoiceReport) -> Difference:
@@ -147,6 +147,49 @@ def test_an_unfinished_choice_is_compared_with_a_beginning() -> None:
     assert not compare(begun, choice(10)).identical, "the other run ended earlier"
     nothing = Choice(token_ids=[], text="", finish_reason=None)
     assert compare(nothing, whole).identical
+
+
+def cut(*token_ids: int, **changes: Any) -> Choice:
+    """A choice that ended with its response's failure."""
+    return choice(*token_ids, finish_reason=None, **changes)
+
+
+@pytest.mark.parametrize(
+    ("expected", "found", "num_tokens"),
+    [
+        (cut(10, 11), cut(10, 11, 12), 2),
+        (cut(10, 11, 12), cut(10, 11), 2),
+        (choice(10, 11, 12), cut(10, 11), 2),
+        (cut(10, 11), choice(10, 11, 12), 2),
+        (choice(10, 11), Choice(token_ids=[], text="", finish_reason=None), 0),
+        (cut(10, 11, text="x"), cut(10, text=""), 1),
+    ],
+)
+def test_two_choices_that_a_failure_cut_are_compared_up_to_the_shorter(
+    expected: Choice, found: Choice, num_tokens: int
+) -> None:
+    report = compare(expected, found, cut_off=True)
+    assert (report.identical, report.num_tokens, report.complete) == (True, num_tokens, False)
+
+
+@pytest.mark.parametrize(
+    ("expected", "found", "kind", "position"),
+    [
+        (cut(10, 11, 12), cut(10, 99), "token", 1),
+        (choice(10, 11, 12), cut(10, 99), "token", 1),
+        (cut(10, 11, 12), choice(10, 11), "token", 2),
+        (choice(10, 11), cut(10, 11, 12), "token", 2),
+        (cut(10, 11, 12, text="xyx"), cut(10, 11, text="xx"), "text", 1),
+        (cut(10, 11, 12), with_logprobs(cut(10, 11), "chosen", 1, -7.0), "logprob", 1),
+        (cut(10, 11, 12), with_logprobs(cut(10), "chosen", 1, 0.0, field="prompt_logprobs"), "prompt_logprob", 1),
+        (choice(10, 11), choice(10, 11, finish_reason="stop"), "finish_reason", 2),
+    ],
+)
+def test_what_both_of_them_have_is_equal_all_the_same(
+    expected: Choice, found: Choice, kind: str, position: int
+) -> None:
+    difference = compare(expected, found, cut_off=True).differences[0]
+    assert (difference.kind, difference.position) == (kind, position)
 
 
 def test_differences_come_in_the_order_of_their_tokens() -> None:

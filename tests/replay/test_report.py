@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from reprise.replay.bundle import Bundle, Failure, Generation
+from reprise.replay.bundle import Bundle, Choice, Failure, Generation
 from reprise.replay.facts import ServedText
 from reprise.replay.report import Report, make_report, render
 from support.bundles import REQUEST, TEXT, bundle, choice
@@ -95,11 +95,39 @@ def test_a_difference_is_shown_in_its_place() -> None:
 
 
 def test_an_errors_code_is_expected_again() -> None:
-    failed = bundle(outcome="failed", error=BROKEN)
-    assert report(failed, found_error=BROKEN).identical
-    assert not report(failed).identical
+    of = bundle(outcome="failed", error=BROKEN)
+    assert report(of, found_error=BROKEN).identical
+    assert not report(of).identical
     assert not report(bundle(), found_error=BROKEN).identical
-    assert render(report(failed)).endswith("error: expected numerical_error (broken), found none")
+    assert render(report(of)).endswith("error: expected numerical_error (broken), found none")
+
+
+def failed(*choices: Choice) -> Bundle:
+    """A response of which one choice failed."""
+    request = msgspec.structs.replace(REQUEST, num_choices=len(choices))
+    return bundle(outcome="failed", error=BROKEN, generations=[Generation(request=request, choices=list(choices))])
+
+
+def again(of: Bundle, *choices: Choice, error: Failure | None = BROKEN) -> Report:
+    found = [Generation(request=of.generations[0].request, choices=list(choices))]
+    return make_report(of, found, error, info=READY, text=TEXT, spell=spell)
+
+
+def test_where_one_choice_failed_the_others_were_cut_anywhere() -> None:
+    of = failed(choice(10, finish_reason=None), choice(20, 21, 22, finish_reason=None))
+    shorter = choice(10, finish_reason=None), choice(20, 21, finish_reason=None)
+    found = again(of, *shorter)
+    assert found.identical
+    assert "  choice 1: identical: 2 tokens, as far as both runs go" in render(found)
+    assert not again(of, *shorter, error=None).identical
+    differing = again(of, choice(10, finish_reason=None), choice(20, 99, finish_reason=None))
+    assert [each.identical for each in differing.choices] == [True, False]
+
+
+def test_a_choice_alone_fails_at_the_same_token() -> None:
+    of = failed(choice(10, 11, finish_reason=None))
+    assert again(of, choice(10, 11, finish_reason=None)).identical
+    assert not again(of, choice(10, finish_reason=None)).identical
 
 
 def test_circumstances_that_cut_a_response_off_are_not() -> None:

@@ -92,6 +92,13 @@ def test_a_lost_engine_is_no_result() -> None:
         run(bundle(), [UnavailableError("gone")])
 
 
+@pytest.mark.parametrize("code", ["capacity", "incomplete", "cancelled", "request_timeout"])
+def test_what_circumstances_ended_is_no_result_either(code: str) -> None:
+    with pytest.raises(GenerationError) as caught:
+        run(bundle(), [*tokens(0, 2), GenerationError("a", code=code)])
+    assert caught.value.code == code
+
+
 def test_requests_may_be_varied() -> None:
     varied = msgspec.structs.replace(REQUEST, request_id="other")
     generations, _ = asyncio.run(collect(bundle(), [varied], aiter(Deltas([]))))

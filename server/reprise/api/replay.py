@@ -16,7 +16,7 @@ from reprise.api.replayable import check_replayable
 from reprise.api.respond import unless_client_leaves
 from reprise.api.sampling import Served
 from reprise.api.service import Service, new_id
-from reprise.errors import BundleError, GenerationError, InvalidRequestError
+from reprise.errors import BundleError, InvalidRequestError
 from reprise.generation.request_stream import Reader
 from reprise.ipc.messages import Ready
 from reprise.protocol.requests import CompletionRequest, ReplayRequest
@@ -120,8 +120,6 @@ async def _report(
     info: Ready,
 ) -> Report:
     found, error = await collect(bundle, requests, reader)
-    if error is not None and error.code == "request_timeout":
-        raise GenerationError(error.message, code=error.code)
     return await service.text_threads.run(
         make_report,
         bundle,

@@ -8,8 +8,8 @@ from typing import Any
 
 import msgspec
 
-from reprise.api import completions
-from reprise.api.sampling import Served
+from reprise.api import chat, completions
+from reprise.api.sampling import Served, check_token_ids
 from reprise.api.validation import parse
 from reprise.errors import BundleError, InvalidRequestError
 from reprise.protocol.requests import CompletionRequest
@@ -34,17 +34,29 @@ def _checked(recorded: GenerationRequest, number: int, served: Served) -> Genera
         request = parse(CompletionRequest, json.dumps(as_completion(recorded)).encode())
         completions.check(request, max_choices=served.max_choices)
         made = completions.to_generation(request, served, response_id="", seed=recorded.sampling.seed)[0]
+        _check_prediction(recorded.prediction_token_ids, served)
     except (InvalidRequestError, UnicodeDecodeError) as error:
         raise BundleError(f"{where}: {error}") from None
-    made = msgspec.structs.replace(made, request_id=recorded.request_id)
+    # No completion has a prediction.
+    taken_over = {name: getattr(recorded, name) for name in ("request_id", "prediction_token_ids")}
+    made = msgspec.structs.replace(made, **taken_over)
     for name, value, here in _fields(recorded, made):
         if value != here:
             raise BundleError(f"{where}: its '{name}' is {_shown(value)}, and here it would be {_shown(here)}")
     return made
 
 
+def _check_prediction(token_ids: list[int], served: Served) -> None:
+    """Raise InvalidRequestError for a prediction that no chat could have made."""
+    param, limit = "prediction_token_ids", min(served.max_sequence_tokens, chat.MAX_PREDICTION_TOKENS)
+    if len(token_ids) > limit:
+        message = f"Invalid '{param}': it has {len(token_ids)} tokens, and this server takes {limit}."
+        raise InvalidRequestError(message, param=param)
+    check_token_ids(token_ids, served.num_token_ids, param)
+
+
 def as_completion(request: GenerationRequest) -> dict[str, Any]:
-    """The body of the completion request that asks for a generation, with nothing left to defaults."""
+    """The body of the completion request that asks for a generation but for a prediction, nothing left to defaults."""
     sampling, stop = request.sampling, request.stop
     allowed = sampling.allowed_token_ids
     same = ("seed", "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "typical_p", "use_cache",

@@ -23,7 +23,7 @@ FORMAT = 2
 """Raised when a bundle of the former format could not be read any more."""
 MAX_BUNDLE_BYTES = 64 * 1024**2
 _CIRCUMSTANCES = frozenset({"cancelled", "capacity", "incomplete", "request_timeout"})
-"""Codes of errors that the same request need not meet again."""
+"""Codes of errors that come from what is around a request."""
 
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Logprob = float | Literal["-inf"]
@@ -167,11 +167,16 @@ def outcome_of(error: Exception | None) -> tuple[Outcome, Failure | None]:
         case None:
             return "complete", None
         case GenerationError():
-            outcome: Outcome = "aborted" if error.code in _CIRCUMSTANCES else "failed"
+            outcome: Outcome = "aborted" if is_circumstance(error) else "failed"
             return outcome, Failure(code=error.code, message=str(error))
         case UnavailableError():
             return "aborted", Failure(code="service_unavailable", message=str(error))
     return "aborted", None
+
+
+def is_circumstance(error: GenerationError) -> bool:
+    """Whether the same request need not meet the error again."""
+    return error.code in _CIRCUMSTANCES
 
 
 def spelt(logprob: float) -> Logprob:

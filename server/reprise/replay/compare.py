@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
 
@@ -16,6 +16,7 @@ _CONTEXT_TOKENS = 64
 
 Spell = Callable[[int], bytes]
 """What a token id spells."""
+Run = TypeVar("Run", str, list[int], list["_Row"])
 Kind = Literal[
     "prompt_logprob", "prompt_top_logprob", "logprob", "top_logprob", "token", "text", "finish_reason", "stop_reason"
 ]
@@ -59,52 +60,65 @@ class ChoiceReport(msgspec.Struct, frozen=True, kw_only=True):
     num_tokens: int
     """Generated tokens that are the same, from the first on."""
     complete: bool
-    """Whether the bundle has the choice's end. If not, what it has was compared with a beginning."""
+    """Whether the choice was compared to its end. If not, the bundle or the other run has but a beginning of it."""
     differences: list[Difference]
     """The first of each kind, those of the prompt first."""
 
 
 def compare_generations(
-    expected: Sequence[Generation], found: Sequence[Generation], *, spell: Spell
+    expected: Sequence[Generation], found: Sequence[Generation], *, spell: Spell, cut_off: bool = False
 ) -> list[ChoiceReport]:
-    """The reports on all choices of a response; both are runs of the same requests."""
+    """The reports on all choices of a response; both are runs of the same requests. cut_off: as in compare_choices."""
     reports: list[ChoiceReport] = []
     for generation, again in zip(expected, found, strict=True):
         prompt = generation.request.prompt_token_ids
         for choice, other in zip(generation.choices, again.choices, strict=True):
-            reports.append(compare_choices(choice, other, prompt, index=len(reports), spell=spell))
+            report = compare_choices(choice, other, prompt, index=len(reports), spell=spell, cut_off=cut_off)
+            reports.append(report)
     return reports
 
 
 def compare_choices(
-    expected: Choice, found: Choice, prompt_token_ids: Sequence[int], *, index: int, spell: Spell
+    expected: Choice,
+    found: Choice,
+    prompt_token_ids: Sequence[int],
+    *,
+    index: int,
+    spell: Spell,
+    cut_off: bool = False,
 ) -> ChoiceReport:
     """Compare what was recorded of a choice with what another run gave.
 
-    Where the record stops before the choice's end, the other run may go on. Log-probabilities are compared up to the
-    first token that differs; the text and the reasons only where no token does.
+    Where the record stops before the choice's end, the other run may go on. cut_off: something ended the other run at
+    no place of its own, so where it stops before the choice's end, the record may go on. Log-probabilities are compared
+    up to the first token that differs; the text and the reasons only where no token does.
     """
-    complete = expected.finish_reason is not None
-    ids, prompt = expected.token_ids, list(prompt_token_ids)
-    other_ids = found.token_ids if complete else found.token_ids[: len(ids)]
+    whole = _Whole(expected.finish_reason is not None, found.finish_reason is not None or not cut_off)
+    prompt = list(prompt_token_ids)
+    ids, other_ids = whole.compared(expected.token_ids, found.token_ids)
     at = first_difference(ids, other_ids)
     rows, other_rows = _rows(expected.logprobs, ids), _rows(found.logprobs, other_ids)
     place = _Place(prompt, ids, spell)
     differences: list[Difference | None] = []
-    if complete or expected.prompt_logprobs is not None:
+    if (whole.expected or expected.prompt_logprobs is not None) and (whole.found or found.prompt_logprobs is not None):
         prompt_rows = _rows(expected.prompt_logprobs, prompt), _rows(found.prompt_logprobs, prompt)
         differences.append(_logprob_difference(*prompt_rows, _Place([], prompt, spell), _PROMPT_KINDS))
     if at is None:
-        known = rows, other_rows if complete else other_rows[: len(rows)]
-        differences += [_logprob_difference(*known, place, _KINDS), *_end_differences(expected, found, place)]
+        differences.append(_logprob_difference(*whole.compared(rows, other_rows), place, _KINDS))
+        differences += _end_differences(expected, found, place, whole)
     else:
         num_compared = min(at, len(rows), len(other_rows))
         known = rows[:num_compared], other_rows[:num_compared]
         differences.append(_logprob_difference(*known, place, _KINDS))
         differences.append(_token_difference(at, (ids, other_ids), (rows, other_rows), place))
     told = [difference for difference in differences if difference is not None]
-    num_tokens = len(ids) if at is None else at
-    return ChoiceReport(index=index, identical=not told, num_tokens=num_tokens, complete=complete, differences=told)
+    return ChoiceReport(
+        index=index,
+        identical=not told,
+        num_tokens=len(ids) if at is None else at,
+        complete=whole.both,
+        differences=told,
+    )
 
 
 def first_difference(expected: Sequence[object], found: Sequence[object]) -> int | None:
@@ -168,10 +182,9 @@ def _token_difference(
     )
 
 
-def _end_differences(expected: Choice, found: Choice, place: _Place) -> list[Difference]:
+def _end_differences(expected: Choice, found: Choice, place: _Place, whole: _Whole) -> list[Difference]:
     """Of text and reasons, where all tokens are the same."""
-    complete = expected.finish_reason is not None
-    text, other = expected.text, found.text if complete else found.text[: len(expected.text)]
+    text, other = whole.compared(expected.text, found.text)
     at = first_difference(text, other)
     differences = []
     if at is not None:
@@ -183,7 +196,7 @@ def _end_differences(expected: Choice, found: Choice, place: _Place) -> list[Dif
         ("stop_reason", expected.stop_reason, found.stop_reason),
     )
     end = len(expected.token_ids)
-    for kind, reason, other_reason in reasons if complete else ():
+    for kind, reason, other_reason in reasons if whole.both else ():
         if reason != other_reason:
             before = place.before(end)
             difference = Difference(kind=kind, position=end, expected=reason, found=other_reason, before=before)
@@ -193,6 +206,25 @@ def _end_differences(expected: Choice, found: Choice, place: _Place) -> list[Dif
 
 def _minus(one: Logprob | None, other: Logprob | None) -> float | None:
     return one - other if isinstance(one, float) and isinstance(other, float) else None
+
+
+class _Whole(msgspec.Struct, frozen=True):
+    """Which of two runs of a choice is known to its end; the other may go on where it stops."""
+
+    expected: bool
+    found: bool
+
+    @property
+    def both(self) -> bool:
+        return self.expected and self.found
+
+    def compared(self, expected: Run, found: Run) -> tuple[Run, Run]:
+        """What of both is to be equal."""
+        num_expected, num_found = len(expected), len(found)
+        return (
+            expected if self.found else expected[:num_found],
+            found if self.expected else found[:num_expected],
+        )
 
 
 class _Place(msgspec.Struct, frozen=True):

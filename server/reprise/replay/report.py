@@ -62,7 +62,9 @@ def make_report(
     model, text = ServedModel.of(info), text.with_requests_of(bundle.text)
     expected_error = bundle.error if bundle.outcome == "failed" else None
     codes = [None if error is None else error.code for error in (expected_error, found_error)]
-    choices = compare_generations(bundle.generations, found, spell=spell)
+    # Where one of several choices fails, the others end wherever they happen to be. Which it was is not recorded.
+    cut_off = bundle.outcome == "failed" and found_error is not None and len(bundle.choices) > 1
+    choices = compare_generations(bundle.generations, found, spell=spell, cut_off=cut_off)
     return Report(
         id=bundle.id,
         identical=codes[0] == codes[1] and all(choice.identical for choice in choices),
@@ -101,7 +103,7 @@ def _lines(report: Report) -> Iterator[str]:
     if not report.same_fingerprint:
         yield "  the system fingerprint is another one: other bits may be expected"
     for choice in report.choices:
-        extent = "" if choice.complete else ", where the bundle stops"
+        extent = "" if choice.complete else ", as far as both runs go"
         if choice.identical:
             yield f"  choice {choice.index}: identical: {_tokens(choice.num_tokens)}{extent}"
             continue

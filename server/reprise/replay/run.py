@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 
 from reprise.errors import GenerationError
-from reprise.replay.bundle import Bundle, Failure, Generation, Recording
+from reprise.replay.bundle import Bundle, Failure, Generation, Recording, is_circumstance
 from reprise.types import ChoiceDelta, GenerationRequest
 
 
 async def collect(
     bundle: Bundle, requests: Sequence[GenerationRequest], deltas: AsyncIterator[ChoiceDelta]
 ) -> tuple[list[Generation], Failure | None]:
-    """What the deltas of another run give, and the error that it ends with.
+    """What the deltas of another run give, and the request's own error that it ends with.
 
     requests: the bundle's, or variations of them. Where the recorded response did not end, the run is not read to its
     end either: as soon as every choice is as far as in the bundle. One that failed is read a token further, where the
-    error is to be expected. The caller closes what still runs. Raises UnavailableError where there is no engine.
+    error is to be expected. The caller closes what still runs. Raises UnavailableError where there is no engine, and
+    GenerationError where circumstances end the run, which tells nothing of the response.
     """
     recording, failure = Recording(requests), None
     further = bundle.outcome == "failed"
@@ -35,5 +36,7 @@ async def collect(
     except StopAsyncIteration:
         pass
     except GenerationError as error:
+        if is_circumstance(error):
+            raise
         failure = Failure(code=error.code, message=str(error))
     return recording.finish(), failure
