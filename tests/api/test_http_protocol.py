@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from reprise.api.http_protocol import MAX_QUEUED_BODY_BYTES, MAX_QUEUED_REQUESTS
 from reprise.types import ChoiceDelta, FinishReason
 from support.loopback import Loopback, Start, eventually
 from support.scripted_engine import Item, ScriptedEngine
@@ -88,6 +89,30 @@ async def test_an_idle_connection_is_kept_and_then_closed(start: Start) -> None:
         writer.close()
 
 
+@pytest.mark.parametrize("body", [b"x", b"x" + b"\r\n"], ids=["body", "and a line"])
+async def test_a_body_that_follows_its_answer_makes_the_connection_idle(start: Start, body: bytes) -> None:
+    async with start(header_timeout=10, body_timeout=10, idle_timeout=1) as server:
+        reader, writer = await server.connect()
+        writer.write(b"POST /nothing HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\n\r\n")
+        assert b" 404 " in await reader.readuntil(b"\r\n\r\n")
+        writer.write(body)
+        rest = await read_all(reader)
+        assert rest.startswith(b"{")
+        assert b"HTTP/1.1" not in rest
+        writer.close()
+
+
+async def test_a_head_begun_with_the_end_of_an_answered_body(start: Start) -> None:
+    async with start(header_timeout=0.3) as server:
+        reader, writer = await server.connect()
+        writer.write(b"POST /nothing HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\n\r\n")
+        assert b" 404 " in await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"xGET /hea")
+        _, _, second = (await read_all(reader)).partition(b"HTTP/1.1 ")
+        assert error_of(b"HTTP/1.1 " + second) == (408, "request_timeout")
+        writer.close()
+
+
 async def test_a_long_answer_outlives_the_deadlines_of_receipt(start: Start) -> None:
     async with start(header_timeout=0.1, body_timeout=0.1, idle_timeout=1, request_timeout=0.5) as server:
         server.app.state.service.engine.enqueue(None)
@@ -162,7 +187,7 @@ STREAM_REQUEST = HEAD.replace(b"14", str(len(STREAM)).encode()) + STREAM
 
 
 async def test_a_queued_request_has_its_time_when_its_turn_comes(start: Start, engine: ScriptedEngine) -> None:
-    """Its body cannot come before: until then nothing more of it is read, and nothing is said of it."""
+    """Its body may come before, but its time does not run before, and nothing is said of it."""
     go_on = asyncio.Event()
     script: list[Item] = [ChoiceDelta(index=0, text="first"), go_on]
     engine.enqueue([*script, ChoiceDelta(index=0, text="last", finish_reason=FinishReason.STOP)])
@@ -197,6 +222,80 @@ async def test_a_queued_request_whose_body_comes_late_is_answered(start: Start, 
         writer.close()
 
 
+async def test_a_head_begun_behind_an_answer_has_its_time_when_that_ends(start: Start, engine: ScriptedEngine) -> None:
+    go_on = asyncio.Event()
+    engine.enqueue([go_on, ChoiceDelta(index=0, finish_reason=FinishReason.STOP)])
+    async with start(header_timeout=0.3, keep_alive_interval=0) as server:
+        reader, writer = await server.connect()
+        writer.write(STREAM_REQUEST)
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"GET /hea")
+        await asyncio.sleep(0.5)
+        go_on.set()
+        _, end, second = (await read_all(reader)).partition(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        assert end
+        assert error_of(second) == (408, "request_timeout")
+        writer.close()
+
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("behind", "num_answered"),
+    [
+        (HEALTH * (MAX_QUEUED_REQUESTS + 1), MAX_QUEUED_REQUESTS),
+        (HEALTH + HEAD.replace(b"14", b"1000000") + b"x" * (MAX_QUEUED_BODY_BYTES + 1), 1),
+    ],
+    ids=["requests", "body"],
+)
+@pytest.mark.parametrize("leave", [True, False], ids=["leave", "stay"])
+async def test_what_is_queued_is_bounded(
+    start: Start, engine: ScriptedEngine, behind: bytes, num_answered: int, leave: bool
+) -> None:
+    """And so all is read, and it is noticed that the client leaves."""
+    go_on = asyncio.Event()
+    engine.enqueue([go_on, ChoiceDelta(index=0, text="one", finish_reason=FinishReason.STOP)])
+    body = b'{"prompt": "a"}'
+    async with start(keep_alive_interval=0) as server:
+        reader, writer = await server.connect()
+        writer.write(HEAD.replace(b"14", str(len(body)).encode()) + body)
+        await eventually(lambda: engine.streams)
+        writer.write(behind)
+        (protocol,) = server.server.connections
+        await eventually(lambda: protocol.pipeline)  # type: ignore[attr-defined]
+        if leave:
+            writer.close()
+            await eventually(lambda: engine.streams[0].closed)
+            await eventually(lambda: server.app.state.service.admission.num_reserved == 0)
+        else:
+            await eventually(lambda: protocol._refused)  # type: ignore[attr-defined]
+            go_on.set()
+            first, *others, refusal = (await read_all(reader)).split(b"HTTP/1.1 ")[1:]
+            assert b'"one"' in first
+            assert [other[:3] for other in others] == [b"200"] * num_answered
+            assert b"retry-after: 1\r\n" in refusal
+            assert error_of(b"HTTP/1.1 " + refusal) == (429, "rate_limit_exceeded")
+            writer.close()
+
+
+async def test_what_is_queued_within_the_bounds_is_answered(server: Loopback, engine: ScriptedEngine) -> None:
+    engine.enqueue([go_on := asyncio.Event(), ChoiceDelta(index=0, finish_reason=FinishReason.STOP)])
+    reader, writer = await server.connect()
+    writer.write(STREAM_REQUEST)
+    await reader.readuntil(b"\r\n\r\n")
+    large = b'{"prompt": ""' + b" " * 20_000 + b"}"
+    writer.write(HEALTH * (MAX_QUEUED_REQUESTS - 2))
+    for connection in (b"keep-alive", b"close"):
+        head = HEAD.replace(b"14", str(len(large)).encode())
+        writer.write(head.replace(b"Host", b"Connection: " + connection + b"\r\nHost") + large)
+    (protocol,) = server.server.connections
+    await eventually(lambda: len(protocol.pipeline) == MAX_QUEUED_REQUESTS)  # type: ignore[attr-defined]
+    go_on.set()
+    assert (await read_all(reader)).count(b"HTTP/1.1 200 OK") == MAX_QUEUED_REQUESTS
+    writer.close()
+
+
 @pytest.mark.parametrize(
     ("second", "expected"),
     [
@@ -219,8 +318,7 @@ async def test_a_refusal_waits_for_its_turn(
     reader, writer = await server.connect()
     writer.write(STREAM_REQUEST)
     await reader.readuntil(b"first")
-    health = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    writer.write(health + second)
+    writer.write(HEALTH + second)
     (protocol,) = server.server.connections
     await eventually(lambda: protocol._refused)  # type: ignore[attr-defined]
     go_on.set()
@@ -253,14 +351,23 @@ async def test_who_leaves_with_a_request_in_the_queue_leaves_the_first_too(
         assert len(engine.streams) == 1
 
 
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\n",
+        HEAD.replace(b"Content-Length: 14\r\n\r\n", b"Expect: 100-continue\r\n"),
+    ],
+    ids=["never reads", "asks to go on"],
+)
 async def test_what_is_refused_amid_its_body_is_answered_by_nobody_else(
-    server: Loopback, caplog: pytest.LogCaptureFixture
+    server: Loopback, head: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Not even by an application that does not ask for the body."""
+    """Not even by an application that does not ask for the body, or does so only now."""
     reader, writer = await server.connect()
-    writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nno number\r\n")
+    writer.write(head + b"Transfer-Encoding: chunked\r\n\r\nno number\r\n")
     assert error_of(await read_all(reader)) == (400, "invalid_http")
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert 'status="500"' not in (await server.get("/metrics")).text
     writer.close()
 
 

@@ -1,4 +1,6 @@
-"""How long a client may take to read its answer: with time and the socket in the test's hands, and over real ones."""
+"""How long a connection may stay, and a client take to read: with time and the socket in the test's hands, and over
+real ones.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +9,17 @@ import contextlib
 import heapq
 import itertools
 import json
+import random
 import socket
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from typing import Any
 
 import pytest
 import uvicorn
+import uvloop
 from uvicorn.server import ServerState
 
-from reprise.api.http_protocol import LEAST_TAKEN_BYTES, BoundedHttpProtocol, bounded_by
+from reprise.api.http_protocol import LEAST_TAKEN_BYTES, MAX_HEAD_BYTES, BoundedHttpProtocol, bounded_by
 from reprise.settings import Settings
 from reprise.types import ChoiceDelta, FinishReason
 from support.loopback import Loopback, Start, eventually
@@ -27,6 +31,7 @@ REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 SEND_TIMEOUT = 60.0
 LARGE = 20 * LEAST_TAKEN_BYTES
 
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
@@ -45,6 +50,10 @@ class Clock:
 
     def create_task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         return asyncio.get_running_loop().create_task(work)
+
+    @property
+    def pending(self) -> bool:
+        return any(not handle.cancelled() for _, _, handle in self._timers)
 
     def advance(self, seconds: float) -> None:
         end = self.now + seconds
@@ -65,9 +74,11 @@ class Transport(asyncio.Transport):
         super().__init__()
         self.protocol = protocol
         self.unsent = 0
-        self.paused = self.closing = self.aborted = False
+        self.paused = self.closing = self.aborted = self.ended = False
+        self.reading = True
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
+        assert not self.ended
         self.unsent += len(data)
         if self.unsent > self.HIGH_WATER and not self.paused:
             self.paused = True
@@ -96,34 +107,55 @@ class Transport(asyncio.Transport):
     def is_closing(self) -> bool:
         return self.closing
 
+    def write_eof(self) -> None:
+        self.ended = True
+
     def pause_reading(self) -> None:
-        pass
+        self.reading = False
 
     def resume_reading(self) -> None:
-        pass
+        self.reading = True
 
 
 class Connection:
-    """One that asks an application which answers each request with a whole body, or with parts as they are given."""
+    """One that asks an application which answers each request with a whole body, or with parts as they are given.
 
-    def __init__(self, *, request_timeout: float | None = None) -> None:
+    It reads what is sent to /read first.
+    """
+
+    def __init__(self, *, request_timeout: float | None = None, idle_timeout: int = 10**6) -> None:
         settings = Settings(model="m", send_timeout=SEND_TIMEOUT, request_timeout=request_timeout)
         config = uvicorn.Config(
-            self._app, interface="asgi3", ws="none", proxy_headers=False, log_config=None, timeout_keep_alive=10**6
+            self._app,
+            interface="asgi3",
+            ws="none",
+            proxy_headers=False,
+            log_config=None,
+            timeout_keep_alive=idle_timeout,
         )
         self.clock = Clock()
-        self.bodies: asyncio.Queue[tuple[bytes, bool]] = asyncio.Queue()
-        """What is to be sent, and whether that is the answer's end."""
+        self.bodies: asyncio.Queue[tuple[bytes, bool] | None] = asyncio.Queue()
+        """What is to be sent, and whether that is the answer's end; None where the application is to fail."""
+        self.num_at_work = 0
+        """Calls of the application that wait for nothing of the client."""
         protocol = bounded_by(settings)(config, ServerState(), {}, self.clock)  # type: ignore[arg-type]
         self.protocol = protocol
         self.transport = Transport(protocol)
         protocol.connection_made(self.transport)
 
-    async def _app(self, _: object, __: object, send: Send) -> None:
+    async def _app(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["path"] == "/read":
+            while (await receive()).get("more_body"):
+                pass
         await send({"type": "http.response.start", "status": 200, "headers": []})
         last = False
         while not last:
-            body, last = await self.bodies.get()
+            self.num_at_work += 1
+            answer = await self.bodies.get()
+            self.num_at_work -= 1
+            if answer is None:
+                raise RuntimeError("The application is to fail.")
+            body, last = answer
             await send({"type": "http.response.body", "body": body, "more_body": not last})
 
     async def ask(self, num_bytes: int = 0, *, complete: bool = True) -> None:
@@ -245,6 +277,120 @@ async def test_each_request_has_its_own_time() -> None:
     assert not connection.transport.aborted
 
 
+POST = "POST {} HTTP/1.1\r\nHost: localhost\r\n{}\r\n"
+PARTS = [
+    REQUEST,
+    REQUEST.replace(b"Host", b"Connection: close\r\nHost"),
+    *[POST.format(path, "Content-Length: 3\r\n").encode() + b"abc" for path in ("/", "/read")],
+    *[
+        POST.format(path, "Expect: 100-continue\r\nTransfer-Encoding: chunked\r\n").encode() + body
+        for path in ("/", "/read")
+        for body in (b"3\r\nabc\r\n0\r\n\r\n", b"no number\r\n")
+    ],
+    POST.format("/read", "Content-Length: 100000\r\n").encode() + b"x" * 100_000,
+    b"\r\n",
+    b"garbage\r\n\r\n",
+]
+WEIGHTS = [8, 1, 4, 4, 2, 2, 1, 1, 2, 2, 1]
+
+
+class Course:
+    """A random course of a connection: what its client sends and takes, its application does, and time."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+        self.connection = Connection(idle_timeout=75)
+        sent = b"".join(self._random.choices(PARTS, WEIGHTS, k=self._random.randint(1, 5)))
+        ends = sorted({*self._random.choices(range(1, len(sent) + 1), k=6), *self._ends_of_lines(sent)})
+        self._pieces = [sent[start:end] for start, end in itertools.pairwise([0, *ends])]
+
+    def _ends_of_lines(self, sent: bytes) -> list[int]:
+        ends = [index + 2 for index in range(len(sent)) if sent[index : index + 2] == b"\r\n"]
+        return self._random.sample(ends, k=min(len(ends), 2))
+
+    @property
+    def over(self) -> bool:
+        transport = self.connection.transport
+        return transport.aborted or (transport.closing and not transport.unsent)
+
+    async def step(self) -> None:
+        transport = self.connection.transport
+        match self._random.randrange(4):
+            case 0 if self._pieces and transport.reading and not transport.closing:
+                self.connection.protocol.data_received(self._pieces.pop(0))
+            case 1 if self.connection.num_at_work:
+                self.connection.bodies.put_nowait(
+                    self._random.choice([(b"x" * 10, True), (b"x" * 10, False), (b"x" * LARGE, True), None])
+                )
+            case 2:
+                transport.take(self._random.choice([transport.unsent, transport.unsent // 2]))
+            case 3:
+                self.connection.wait(self._random.choice([1, 9, 59]))
+        await settle()
+
+    async def fall_silent(self) -> None:
+        """The client does nothing more, the application all that it has to."""
+        for _ in range(30):
+            for _ in range(self.connection.num_at_work):
+                self.connection.bodies.put_nowait((b"x", True))
+            await settle()
+            self.connection.wait(SEND_TIMEOUT)
+            await settle()
+
+
+@pytest.mark.parametrize("seed", range(400))
+async def test_an_open_connection_has_a_timer_or_an_application_that_answers(seed: int) -> None:
+    course = Course(seed)
+    for _ in range(40):
+        if course.over:
+            break
+        assert course.connection.clock.pending or course.connection.num_at_work
+        await course.step()
+    else:
+        await course.fall_silent()
+        assert course.over
+    course.connection.protocol.connection_lost(None)
+    for _ in range(course.connection.num_at_work):
+        course.connection.bodies.put_nowait((b"", True))
+    await settle()
+
+
+async def test_a_body_that_follows_its_answer_makes_the_connection_idle() -> None:
+    connection = Connection(idle_timeout=75)
+    connection.protocol.data_received(POST.format("/", "Content-Length: 1\r\n").encode())
+    await connection.answer(10)
+    connection.transport.take_all()
+    connection.wait(50)
+    connection.protocol.data_received(b"x")
+    connection.wait(74)
+    assert not connection.transport.closing
+    connection.wait(1)
+    assert connection.transport.closing
+
+
+async def test_a_head_that_begins_behind_an_answer_is_counted_from_its_first_byte() -> None:
+    connection = Connection()
+    await connection.ask(10, complete=False)
+    connection.protocol.data_received(b"GET /" + b"x" * (MAX_HEAD_BYTES - 100))
+    connection.wait(SEND_TIMEOUT)
+    await connection.answer(10)
+    connection.transport.take_all()
+    connection.protocol.data_received(b"x" * 100)
+    assert connection.transport.ended
+
+
+async def test_an_answer_that_its_application_fails_amid_has_its_time_too() -> None:
+    connection = Connection()
+    await connection.ask(1000, complete=False)
+    connection.bodies.put_nowait(None)
+    await settle()
+    assert connection.transport.closing
+    connection.wait(SEND_TIMEOUT - 1)
+    assert not connection.transport.aborted
+    connection.wait(1)
+    assert connection.transport.aborted
+
+
 def raw_request(body: dict[str, Any]) -> bytes:
     data = json.dumps({"prompt": "a", **body}).encode()
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -282,6 +428,35 @@ async def test_a_reader_that_trickles_is_cut_off(start: Start, engine: ScriptedE
         connection.close()
         assert received
         await eventually(lambda: server.app.state.service.admission.num_reserved == 0)
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def test_a_steady_reader_of_a_large_answer_stays(new_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    """As of a proxy on the same host: the kernel has taken megabytes and takes no more before a third is read."""
+
+    async def answer(_: object, __: object, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x" * 16 * 1024**2})
+
+    async def read() -> None:
+        config = uvicorn.Config(answer, interface="asgi3", ws="none", proxy_headers=False, log_config=None)
+        state, loop = ServerState(), asyncio.get_running_loop()
+        protocol = bounded_by(Settings(model="m", send_timeout=1))
+        server = await loop.create_server(lambda: protocol(config, state, {}), "127.0.0.1", 0)
+        async with server, asyncio.timeout(20):
+            with socket.socket() as connection:
+                connection.setblocking(False)
+                await loop.sock_connect(connection, server.sockets[0].getsockname())
+                await loop.sock_sendall(connection, REQUEST)
+                received, began = 0, loop.time()
+                while loop.time() < began + 3:
+                    received += len(await loop.sock_recv(connection, 4096))
+                    await asyncio.sleep(began + received / (10 * LEAST_TAKEN_BYTES) - loop.time())
+                assert state.connections
+            await eventually(lambda: not state.connections)
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(read())
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
