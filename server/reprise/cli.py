@@ -175,8 +175,8 @@ def replay_command(
     `reprise serve --bundle-dir` writes the files. What no flag sets is as in the bundle: the model, the device, the
     number format and the other settings. A bundle that cannot be run is told, and the others are run.
 
-    Exit codes: 0 identical; 1 something differs; 2 a flag is unusable, or a bundle is or could not be run, whatever
-    the others gave; 3 the model is not loadable, or not the bundle's.
+    Exit codes: 0 identical; 1 something differs; 2 a flag is unusable, or a bundle is or could not be run; 3 the
+    model is not loadable, or not the bundle's. Of several bundles the highest counts.
     """
     read = [(path, read_bundle(path)) for path in bundles]
     given = {name: value for name, value in flags.items() if value is not None}

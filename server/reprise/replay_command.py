@@ -47,8 +47,9 @@ class ReplayExitCode(IntEnum):
     DIFFERENT = 1
     """Or the engine was lost on the way."""
     BUNDLE = 2
-    """At least one could not be run to its end, whatever the others gave."""
+    """At least one could not be run to its end."""
     MODEL = 3
+    """It cannot be loaded, or a bundle is of other weights."""
     INTERRUPTED = 130
 
 
@@ -85,9 +86,10 @@ class _Outcomes:
         if not replayed.report.identical:
             self.exit_code = max(self.exit_code, ReplayExitCode.DIFFERENT)
 
-    def refused(self, path: Path, error: BundleError) -> None:
+    def refused(self, path: Path, error: BundleError | ModelLoadError) -> None:
         logger.error("cannot replay %s: %s", printable(str(path)), printable(str(error)))
-        self.exit_code = max(self.exit_code, ReplayExitCode.BUNDLE)
+        code = ReplayExitCode.BUNDLE if isinstance(error, BundleError) else ReplayExitCode.MODEL
+        self.exit_code = max(self.exit_code, code)
 
 
 def run(
@@ -95,7 +97,8 @@ def run(
 ) -> int:
     """Run bundles again, each with the model of its settings, and print the reports. Returns the exit code.
 
-    as_json: an object a line instead of text. A bundle that cannot be run on its model is logged.
+    as_json: an object a line instead of text. A bundle that cannot be run on its model is logged; a model that cannot
+    be loaded, or an engine that is lost, ends the run.
     """
     outcomes = _Outcomes(as_json=as_json)
     with logging_to(log_format="text"):
@@ -112,7 +115,7 @@ def run(
             return ReplayExitCode.MODEL
         except UnavailableError as error:
             logger.error("cannot replay: %s", printable(str(error)))
-            return ReplayExitCode.DIFFERENT
+            return max(outcomes.exit_code, ReplayExitCode.DIFFERENT)
         except KeyboardInterrupt:
             return ReplayExitCode.INTERRUPTED
     return outcomes.exit_code
@@ -132,10 +135,10 @@ async def _replay_all(
         info = await _load(engine, settings)
         display.close()
         for path, bundle in bundles:
-            _check_weights(bundle, info, settings, circumstances)
             try:
+                _check_weights(bundle, info, settings, circumstances)
                 replayed = await _replay(path, bundle, engine, tokenizer, info, circumstances)
-            except BundleError as error:
+            except (BundleError, ModelLoadError) as error:
                 outcomes.refused(path, error)
             else:
                 outcomes.replayed(replayed)

@@ -66,14 +66,22 @@ def run(settings: Settings, *, chat_template: str | None = None, engine_entry: E
 
 
 def reach_hub(*models: str | None) -> str | None:
-    """Why the hub cannot be reached, where one of the models comes from it. Raises ModelLoadError for no model's place.
+    """Why the hub cannot be reached, where one of the models comes from it.
 
     Before anything is imported that reads whether the hub is to be asked, here or in a child.
     """
-    from_hub = [model for model in models if model is not None and comes_from_hub(model)]
+    from_hub = [model for model in models if model is not None and _may_come_from_hub(model)]
     for model in from_hub:
         logger.info("there is no directory %r here: asking the hub, %s", model, endpoint(os.environ))
     return go_offline_if_unreachable(os.environ) if from_hub else None
+
+
+def _may_come_from_hub(model: str) -> bool:
+    """No model can be at some paths: that is said where the model is looked for."""
+    try:
+        return comes_from_hub(model)
+    except ModelLoadError:
+        return False
 
 
 def load_tokenizer(model: str, revision: str | None, chat_template: str | None, unreachable: str | None) -> Tokenizer:

@@ -441,15 +441,15 @@ def test_a_steady_reader_of_a_large_answer_stays(new_loop: Callable[[], asyncio.
     async def read() -> None:
         config = uvicorn.Config(answer, interface="asgi3", ws="none", proxy_headers=False, log_config=None)
         state, loop = ServerState(), asyncio.get_running_loop()
-        protocol = bounded_by(Settings(model="m", send_timeout=1))
+        protocol = bounded_by(Settings(model="m", send_timeout=2))
         server = await loop.create_server(lambda: protocol(config, state, {}), "127.0.0.1", 0)
-        async with server, asyncio.timeout(20):
+        async with server, asyncio.timeout(30):
             with socket.socket() as connection:
                 connection.setblocking(False)
                 await loop.sock_connect(connection, server.sockets[0].getsockname())
                 await loop.sock_sendall(connection, REQUEST)
                 received, began = 0, loop.time()
-                while loop.time() < began + 3:
+                while loop.time() < began + 5:
                     received += len(await loop.sock_recv(connection, 4096))
                     await asyncio.sleep(began + received / (10 * LEAST_TAKEN_BYTES) - loop.time())
                 assert state.connections

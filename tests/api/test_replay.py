@@ -117,6 +117,7 @@ async def test_a_replay_is_not_recorded(recording: AbstractAsyncContextManager[L
         response_id = (await server.post("/v1/completions", PROMPT)).json()["id"]
         await server.post("/v1/replay", {"id": response_id})
         await server.post("/v1/replay", {"bundle": as_json(await written(directory))})
+    await asyncio.get_running_loop().shutdown_default_executor()
     assert len(files(directory)) == 1
 
 

@@ -45,6 +45,12 @@ def test_a_directory_without_a_model(start_live_server: Start, tmp_path: Path) -
     assert str(tmp_path) in cause["message"]
 
 
+def test_a_draft_model_that_is_not_there(start_live_server: Start, llama_directory: Path, tmp_path: Path) -> None:
+    flags = ("--num-threads", "1", "--speculate", "draft", "--draft-model", str(tmp_path / "typo"))
+    cause = last_words(start_live_server(str(llama_directory), *flags), 3)
+    assert f"--draft-model: There is no directory '{tmp_path / 'typo'}'" in cause
+
+
 def test_a_draft_model_with_other_tokens(start_live_server: Start, llama_directory: Path) -> None:
     flags = ("--num-threads", "1", "--speculate", "draft", "--draft-model", "pocket")
     cause = last_words(start_live_server(str(llama_directory), *flags), 3)

@@ -29,7 +29,10 @@ esac
 VENV_PYTHON = """#!/bin/sh
 case "$*" in
 "-m pip --version") [ ! -e "$STATE/no-pip" ] ;;
-"-m ensurepip --default-pip") [ ! -e "$STATE/no-ensurepip" ] && rm "$STATE/no-pip" ;;
+*"version_info < (3, 11)"*) [ ! -e "$STATE/old-environment" ] ;;
+*"import ensurepip"*) [ ! -e "$STATE/no-venv-module" ] ;;
+*"%d.%d-venv"*) echo python3.11-venv ;;
+"-m ensurepip --upgrade --default-pip") [ ! -e "$STATE/no-ensurepip" ] && rm "$STATE/no-pip" ;;
 *importlib.metadata*) cat "$STATE/torch" 2>/dev/null ;;
 *) exec "$REAL_PYTHON" "$@" ;;
 esac
@@ -254,6 +257,24 @@ def test_an_environment_without_pip_keeps_what_it_has(machine: Machine) -> None:
     assert "pip in .venv, which had none" in result.stdout
     assert (machine.root / "checkout/.venv/other").exists()
     assert len(machine.log("venv")) == 1
+
+
+def test_an_environment_without_pip_gets_what_its_python_lacks(machine: Machine) -> None:
+    """As `python3 -m venv` leaves one where Debian's package of it is missing."""
+    assert machine.setup("serve").returncode == 0
+    machine.has("no-pip", "no-venv-module")
+    machine.command("apt-get", APT_GET)
+    machine.command("id", "#!/bin/sh\necho 0\n")
+    assert machine.setup("serve").returncode == 0
+    assert any("python3.11-venv" in line for line in machine.log("apt"))
+    assert len(machine.log("venv")) == 1
+
+
+def test_an_environment_of_an_older_python_is_made_anew(machine: Machine) -> None:
+    assert machine.setup("serve").returncode == 0
+    machine.has("no-pip", "old-environment")
+    machine.setup("serve")
+    assert len(machine.log("venv")) == 2
 
 
 def test_an_environment_that_cannot_have_pip_is_left_alone(machine: Machine) -> None:

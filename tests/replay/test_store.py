@@ -191,15 +191,35 @@ def test_a_disk_that_others_fill_costs_few_bundles(
     put(store, "cmpl-1", "cmpl-2", "cmpl-3")
     store_is_through(store)
     disk = FullDisk(monkeypatch, directory, room=0, code=errno.ENOSPC)
-    put(store, "cmpl-4")
-    store.close()
-    assert disk.num_tries == store_module.MAX_TRIES
+    put(store, "cmpl-4", "cmpl-5", "cmpl-6", "cmpl-7")
+    store_is_through(store)
+    # What made no room once is not given up again and again.
+    assert disk.num_tries == store_module.MAX_TRIES + 3
     assert names(directory) == ["cmpl-3.json"]
-    assert (store.num_written, store.num_failed) == (3, 1)
+    assert (store.num_written, store.num_failed) == (3, 4)
+    disk.room = 1
+    put(store, "cmpl-8")
+    store_is_through(store)
+    assert names(directory) == ["cmpl-3.json"]
+    disk.room = 2
+    put(store, "cmpl-9", "cmpl-1")
+    store.close()
+    assert names(directory) == ["cmpl-1.json", "cmpl-9.json"]
     assert [record.message for record in caplog.records] == [
         f"{directory}: No space left on device; the oldest bundles are removed to make room",
         f"a bundle could not be written: {directory}: No space left on device; further failures are only counted",
     ]
+
+
+def test_nothing_is_given_up_for_a_bundle_that_all_others_make_no_room_for(
+    store: BundleStore, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store, "cmpl-1", "cmpl-2")
+    store_is_through(store)
+    FullDisk(monkeypatch, directory, room=1, code=errno.ENOSPC)
+    store.put(lambda: bundle(id="cmpl-3", parameters={"prompt": "x" * 100_000}))
+    store.close()
+    assert names(directory) == ["cmpl-1.json", "cmpl-2.json"]
 
 
 def test_a_large_bundle_takes_the_place_of_several_small_ones(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

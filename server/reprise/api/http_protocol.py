@@ -98,6 +98,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._cancel_receipt()
         self._cancel_answer_deadline()
         self._cancel_stall()
+        self._unset_keepalive_if_required()
         self._dismiss()
         super().connection_lost(exc)
 

@@ -66,6 +66,8 @@ class BundleStore:
         self._closed = False
         self._failing = False
         self._making_room = False
+        self._room_is_lost = False
+        """Whether the last that was removed made no room, as where others fill the disk: then the rest stays."""
         self.num_written = 0
         self.num_failed = 0
         """Responses that have no bundle, for whatever reason."""
@@ -148,10 +150,13 @@ class BundleStore:
             try:
                 self._replace(path, data)
             except OSError as error:
-                if error.errno not in _NO_ROOM or number == MAX_TRIES or not self._names:
+                if error.errno not in _NO_ROOM:
                     raise
-                self._make_room(len(data), error)
+                self._room_is_lost |= number == MAX_TRIES
+                if self._room_is_lost or not self._make_room(len(data), error):
+                    raise
             else:
+                self._room_is_lost = False
                 break
         self._names.pop(path.name, None)
         self._names[path.name] = None
@@ -159,25 +164,31 @@ class BundleStore:
             self._making_room = False  # there is room for all
             self._remove_oldest()
 
-    def _make_room(self, num_bytes: int, error: OSError) -> None:
+    def _make_room(self, num_bytes: int, error: OSError) -> bool:
         """Remove the oldest files, as many as have so many bytes together.
 
-        Logs it once, until there is room for all that are to be kept.
+        Returns whether there are so many; else all stay. Logs it once, until there is room for all that are to be kept.
         """
+        if sum(self._num_bytes(name) for name in self._names) < num_bytes:
+            return False
         if not self._making_room:
             self._making_room = True
             reason = os.strerror(error.errno or 0)
             logger.warning("%s: %s; the oldest bundles are removed to make room", self._directory, reason)
         while self._names and num_bytes > 0:
             num_bytes -= self._remove_oldest()
+        return True
+
+    def _num_bytes(self, name: str) -> int:
+        with contextlib.suppress(FileNotFoundError):
+            return (self._directory / name).lstat().st_size
+        return 0
 
     def _remove_oldest(self) -> int:
         """Returns its size in bytes."""
         oldest = next(iter(self._names))
-        path, num_bytes = self._directory / oldest, 0
-        with contextlib.suppress(FileNotFoundError):
-            num_bytes = path.lstat().st_size
-            path.unlink()
+        num_bytes = self._num_bytes(oldest)
+        (self._directory / oldest).unlink(missing_ok=True)
         del self._names[oldest]
         return num_bytes
 
