@@ -189,6 +189,17 @@ async def test_who_takes_less_than_the_least_is_cut_off(complete: bool) -> None:
     assert connection.transport.aborted
 
 
+@pytest.mark.parametrize("error", [None, ConnectionResetError()], ids=["closed", "reset"])
+async def test_a_connection_that_is_lost_leaves_no_timer(error: Exception | None) -> None:
+    """Such as wait for its next request."""
+    connection = Connection()
+    await connection.ask(10)
+    connection.transport.take_all()
+    assert connection.clock.pending
+    connection.protocol.connection_lost(error)
+    assert not connection.clock.pending
+
+
 async def test_a_byte_now_and_then_is_too_little() -> None:
     connection = Connection()
     await connection.ask(LARGE)

@@ -230,7 +230,7 @@ def _check_masks(sampling: SamplingParams, served: Served) -> None:
     ends = {*sampling.end_token_ids, *sampling.stop_token_ids} if sampling.min_tokens else set()
     left = [token_id for token_id in sampling.allowed_token_ids if token_id not in ends]
     vocabulary = served.tokenizer.vocabulary
-    spelt = (b"" if i in vocabulary.special_token_ids else vocabulary.data(i) for i in left[:MAX_IDS_TO_CHECK])
+    spelt = (b"" if i in vocabulary.special_token_ids else vocabulary.data(i) for i in left)
     if len(left) > MAX_IDS_TO_CHECK or any(not any(word in data for word in sampling.bad_words) for data in spelt):
         return
     why = "contains one of 'bad_words'" if left else "would end the answer before 'min_tokens'"
