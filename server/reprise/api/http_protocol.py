@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
+from reprise.api.deadline import Deadline
 from reprise.api.errors import HttpError, to_reply
 from reprise.api.request_context import new_request_id
 from reprise.errors import OverloadedError
@@ -77,9 +78,10 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     _answering: RequestResponseCycle | None = None
     """Whose turn it is. uvicorn's own `cycle` is the one that was read last, which may be queued."""
-    _receipt_deadline: asyncio.TimerHandle | None = None
-    _answer_deadline: asyncio.TimerHandle | None = None
-    _stall_deadline: asyncio.TimerHandle | None = None
+    _receipt_deadline: Deadline
+    """Of what is read. Once nothing more is, of the peer's own end."""
+    _answer_deadline: Deadline
+    _stall_deadline: Deadline
     _reading_head = True
     """And not a body. It may not have begun yet."""
     _head_begun = False
@@ -90,14 +92,16 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     """What is still to be said of that, after what is answered before it."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self._receipt_deadline = Deadline(self.loop)
+        self._answer_deadline = Deadline(self.loop)
+        self._stall_deadline = Deadline(self.loop)
         super().connection_made(transport)
         _tune(transport, self.send_timeout)
         self._set_receipt(self.header_timeout)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._cancel_receipt()
-        self._cancel_answer_deadline()
-        self._cancel_stall()
+        for deadline in (self._receipt_deadline, self._answer_deadline, self._stall_deadline):
+            deadline.cancel()
         self._unset_keepalive_if_required()
         self._dismiss()
         super().connection_lost(exc)
@@ -128,7 +132,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         self._reading_head = self._head_begun = False
         self._head_bytes = 0
-        self._cancel_receipt()
+        self._receipt_deadline.cancel()
         if self._answering is None:
             self._begin_turn(self.cycle)
         else:
@@ -141,7 +145,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         if not self._refused:
-            self._cancel_receipt()
+            self._receipt_deadline.cancel()
             self._reading_head = True
             super().on_message_complete()
             self._await_request()
@@ -165,7 +169,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._watch_stall()
 
     def resume_writing(self) -> None:
-        self._cancel_stall()
+        self._stall_deadline.cancel()
         super().resume_writing()
         if self._answering is None:
             self._watch_stall()
@@ -195,7 +199,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def _begin_head(self) -> None:
         """Its time runs where nothing is answered before it."""
         self._head_begun = True
-        if self._answering is None and self._receipt_deadline is None:
+        if self._answering is None and not self._receipt_deadline.is_set:
             self._set_receipt(self.header_timeout)
 
     def _await_request(self) -> None:
@@ -223,11 +227,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """It is answered from now on, and its body may come."""
         self._answering = cycle
         if not self.flow.write_paused:
-            self._cancel_stall()
+            self._stall_deadline.cancel()
         if cycle.more_body:
             self._set_receipt(self.body_timeout)
         if self.request_timeout is not None:
-            self._set_answer_deadline(self.request_timeout)
+            self._answer_deadline.set(self.request_timeout, self._answer_overdue)
 
     def _dismiss(self) -> None:
         """Tell every request that its client has left."""
@@ -240,17 +244,10 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._answering = None
 
     def _set_receipt(self, seconds: float) -> None:
-        self._cancel_receipt()
         self._unset_keepalive_if_required()
-        self._receipt_deadline = self.loop.call_later(seconds, self._receipt_overdue)
-
-    def _cancel_receipt(self) -> None:
-        if self._receipt_deadline is not None:
-            self._receipt_deadline.cancel()
-            self._receipt_deadline = None
+        self._receipt_deadline.set(seconds, self._receipt_overdue)
 
     def _receipt_overdue(self) -> None:
-        self._receipt_deadline = None
         if self.transport.is_closing():
             return
         if self._reading_head and not self._head_begun:
@@ -269,7 +266,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self._refused or self.transport.is_closing():
             return
         self._refused = True
-        self._cancel_receipt()
+        self._receipt_deadline.cancel()
         self.flow.resume_reading()
         request_id = new_request_id()
         reply = to_reply(error, request_id=request_id)
@@ -303,40 +300,24 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self.transport.write(answer)
         self._watch_stall()
         self.transport.write_eof()
-        self._receipt_deadline = self.loop.call_later(LINGER_SECONDS, self.transport.close)
-
-    def _set_answer_deadline(self, seconds: float) -> None:
-        self._cancel_answer_deadline()
-        self._answer_deadline = self.loop.call_later(seconds, self._answer_overdue)
-
-    def _cancel_answer_deadline(self) -> None:
-        if self._answer_deadline is not None:
-            self._answer_deadline.cancel()
-            self._answer_deadline = None
+        self._receipt_deadline.set(LINGER_SECONDS, self.transport.close)
 
     def _answer_overdue(self) -> None:
         """End what waits for its reader. What the application still does it ends itself, and says so."""
-        self._answer_deadline = None
         if self.transport.get_write_buffer_size():
             self.transport.abort()
         elif self._answering is not None:
-            self._set_answer_deadline(OVERDUE_LOOK_SECONDS)
+            self._answer_deadline.set(OVERDUE_LOOK_SECONDS, self._answer_overdue)
 
     def _watch_stall(self) -> None:
         """To be called where nothing is written for a while: what the buffer loses is then what the client took."""
-        self._cancel_stall()
+        self._stall_deadline.cancel()
         unsent = _unsent_bytes(self.transport)
         if unsent:
-            self._stall_deadline = self.loop.call_later(self.send_timeout, self._stalled, unsent)
-
-    def _cancel_stall(self) -> None:
-        if self._stall_deadline is not None:
-            self._stall_deadline.cancel()
-            self._stall_deadline = None
+            self._stall_deadline.set(self.send_timeout, self._stalled, unsent)
 
     def _stalled(self, unsent_before: int) -> None:
         """A slow reader is served; one that took too little for send_timeout, or nothing, is not."""
-        self._stall_deadline = None
         taken = unsent_before - _unsent_bytes(self.transport)
         if taken < min(LEAST_TAKEN_BYTES, unsent_before):
             self.transport.abort()
