@@ -223,12 +223,14 @@ inline void rows_times_panel([[maybe_unused]] MatrixUnit& unit, const typename T
       Fetches<STREAMS, LINES> fetches;
       for (int f = 0; f < STREAMS; f++) fetches.of[f] = fetch(f * to_next_group);
       add_columns<T, ROWS, 2>(x + m * stride, stride, panel, step, to_next_group, num_inner, sums, fetches);
+#pragma GCC unroll 12  // else all sums go through memory
       for (int i = 0; i < ROWS; i++) apply(m + i, sums[i][0], sums[i][1]);
     } else {
       floats left[ROWS][1] = {}, right[ROWS][1] = {};
       add_columns<T, ROWS, 1>(x + m * stride, stride, panel, step, to_next_group, num_inner, left, Fetches<1, LINES>{fetch(0)});
       add_columns<T, ROWS, 1>(x + m * stride, stride, panel + to_next_group, step, to_next_group, num_inner, right,
                               Fetches<1, LINES>{fetch(to_next_group)});
+#pragma GCC unroll 12
       for (int i = 0; i < ROWS; i++) apply(m + i, left[i][0], right[i][0]);
     }
   });

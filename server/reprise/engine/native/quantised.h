@@ -115,11 +115,13 @@ inline void rounded_rows_times_panel(const RoundedRow* rows, const uint8_t* pane
     if constexpr (2 * ROWS <= NUM_SUMS / 2) {
       floats sums[ROWS][2] = {};
       multiply<Q, ROWS, 2>(rows + m, panel, inner, sums, Fetches<2, LINES>{fetch(0), fetch(to_next_strip)});
+#pragma GCC unroll 12
       for (int i = 0; i < ROWS; i++) apply(m + i, sums[i][0], sums[i][1]);
     } else {
       floats left[ROWS][1] = {}, right[ROWS][1] = {};
       multiply<Q, ROWS, 1>(rows + m, panel, inner, left, Fetches<1, LINES>{fetch(0)});
       multiply<Q, ROWS, 1>(rows + m, panel + to_next_strip, inner, right, Fetches<1, LINES>{fetch(to_next_strip)});
+#pragma GCC unroll 12
       for (int i = 0; i < ROWS; i++) apply(m + i, left[i][0], right[i][0]);
     }
   });

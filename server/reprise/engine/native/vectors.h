@@ -248,8 +248,8 @@ inline int32_t put_rounded(int8_t* p, floats v) {
 #endif
 }
 
-// exp by its Taylor series of degree 6 on [-ln2/2, ln2/2]; below -87 it gives 0.
-inline floats exponential(floats x) {
+// exp by its Taylor series of degree 6 on [-ln2/2, ln2/2]; below -87 it gives 0. Inlined: a call would save every register.
+inline __attribute__((always_inline)) floats exponential(floats x) {
   auto series = [](floats r) {
     floats p = splat(1.0f / 720);
     p = p * r + splat(1.0f / 120);
