@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -55,6 +56,14 @@ def test_the_gumbel_maximum_draws_from_the_softmax() -> None:
     chi_square = float(((counts - expected)[:4] ** 2 / expected[:4]).sum())
     assert counts[4] == 0
     assert chi_square < 21.1, chi_square  # 3 degrees of freedom: beyond 21.1 once in 10,000
+
+
+@pytest.mark.parametrize(("seed", "token_id"), [(-5371509999066526811, 5), (-3483434102947137779, 4242)])
+def test_the_number_next_to_one_stays_below_it(seed: int, token_id: int) -> None:
+    """Seeds whose hash has only ones at that token: rounded to 1, its noise would be infinite."""
+    keys = torch.tensor([draw_key(seed, 0, 0)])
+    assert float(uniform(keys, 5000)[0, token_id]) == 1 - 2.0**-52
+    assert torch.isfinite(gumbel(keys, 5000)).all()
 
 
 EXPECTED = [0.25488227636206456, 0.3855059656649504, 0.5892220802300614]

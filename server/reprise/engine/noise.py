@@ -14,6 +14,8 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _FIRST = 0xBF58476D1CE4E5B9
 _SECOND = 0x94D049BB133111EB
 _MASK = (1 << 64) - 1
+_MOST_DRAWN = (1 << 53) - 2
+"""One more would be rounded to a number of 1, whose noise is infinite: a seed can be made that draws it."""
 
 
 def _signed(value: int) -> int:
@@ -42,7 +44,7 @@ def uniform(keys: Tensor, size: int) -> Tensor:
     word = (word ^ _shift_right(word, 30)) * _signed(_FIRST)
     word = (word ^ _shift_right(word, 27)) * _signed(_SECOND)
     word = word ^ _shift_right(word, 31)
-    return (_shift_right(word, 11).double() + 0.5) * 2.0**-53
+    return (_shift_right(word, 11).clamp(max=_MOST_DRAWN).double() + 0.5) * 2.0**-53
 
 
 def gumbel(keys: Tensor, size: int) -> Tensor:

@@ -31,6 +31,20 @@ def test_the_same_draws(size: int, variant: str) -> None:
         assert native.choose(scores, keys).rows() == TorchSelection().choose(scores, keys).rows()
 
 
+@pytest.mark.parametrize("variant", built_variants())
+@pytest.mark.parametrize("size", [4256, 4243], ids=["within", "behind the last sixteen"])
+@pytest.mark.parametrize(("removed", "expected"), [(True, 7), (False, 4242)], ids=["removed", "kept"])
+def test_a_seed_cannot_draw_a_token_that_is_removed(size: int, variant: str, removed: bool, expected: int) -> None:
+    """This one has the largest number that there is for token 4242: it wins by 36 where it may."""
+    scores = torch.full((1, size), REMOVED)
+    scores[0, 7] = 30.0
+    scores[0, 4242] = REMOVED if removed else 0.0
+    keys = [draw_key(-3483434102947137779, 0, 0)]
+    selections: list[Selection] = [TorchSelection(), NativeSelection(NativeContext(2, variant))]
+    for selection in selections:
+        assert selection.choose(scores, keys).rows()[0].token_id == expected
+
+
 def odd_rows(size: int) -> torch.Tensor:
     """Rows in which the best so far is late, early, far ahead, or in none of the first blocks."""
     scores = torch.randn(8, size, generator=torch.Generator().manual_seed(size))

@@ -21,7 +21,8 @@ struct Warp {
 namespace {
 
 constexpr long SEGMENT = 16384;      // token ids that one task looks at
-constexpr float LEAST = 0x1p-55f;    // less than `uniform` leaves of one, but for the draw in 2^53 that it rounds to one
+constexpr float LEAST = 0x1p-55f;    // less than `uniform` leaves of one
+constexpr int64_t MOST_DRAWN = (1ll << 53) - 2;  // one more would be rounded to a number of 1, which is none
 constexpr double MARGIN = 1e-7;      // far above the error of `logarithm`, so that the winner is among those recomputed
 
 typedef Vector<double, 8>::type doubles;
@@ -80,8 +81,8 @@ inline bool any(longs mask) {
 #endif
 
 inline double uniform(uint64_t key, long token) {
-  uint64_t word = mixed(key + (uint64_t)(token + 1) * GOLDEN);
-  return ((double)(word >> 11) + 0.5) * 0x1p-53;
+  int64_t drawn = (int64_t)(mixed(key + (uint64_t)(token + 1) * GOLDEN) >> 11);
+  return ((double)(drawn > MOST_DRAWN ? MOST_DRAWN : drawn) + 0.5) * 0x1p-53;
 }
 
 struct Best {
@@ -120,6 +121,7 @@ Best draw(const float* x, long first, long count, uint64_t key) {
     store(limits, most_left);
     for (int half = 0; half < LANES; half += 8) {
       longs drawn = bits_as<longs>(mixed(words + half * GOLDEN) >> 11);
+      drawn = drawn + (drawn > MOST_DRAWN);
       // Half a step more for what `uniform` rounds up.
       doubles left_of_one = (numbers_as<doubles>((int64_t)(1ull << 53) - drawn) - 1.0) * 0x1p-53;
       if (has_best && !any(~(Widened<doubles>::from(limits + half) < left_of_one))) continue;
