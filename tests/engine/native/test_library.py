@@ -35,3 +35,23 @@ print(built_variants(), NativeContext(1).variant)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["['avx512bf16',", "'avx2']", "avx512bf16"]
+
+
+@pytest.mark.skipif(not built_variants(), reason="the native library is not built")
+def test_threads_that_are_not_to_be_had_are_an_error() -> None:
+    """Some of them begin: these end, and the process goes on."""
+    program = """
+import resource
+from pathlib import Path
+from reprise.engine.native.library import NativeContext
+NativeContext(1)
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 26), resource.getrlimit(resource.RLIMIT_AS)[1]))
+try:
+    NativeContext(64)
+except RuntimeError as error:
+    print(error)
+NativeContext(2)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert "no memory for its threads" in done.stdout

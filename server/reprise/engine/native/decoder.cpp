@@ -126,6 +126,8 @@ struct Layout {
     for (long i = 0; i < s.num_spans; i++) {
       const Span& span = s.spans[i];
       Queries queries{(long)positions.size(), span.num_new, span.num_tokens, (long)blocks.size()};
+      if (span.num_new < 0 || span.num_new > span.num_tokens || span.num_logit_rows < 0 || span.num_logit_rows > span.num_new)
+        throw std::out_of_range("a row");
       if (span.num_tokens > d.num_positions || span.num_tokens > span.num_blocks * s.block_size) throw std::out_of_range("a position");
       for (long b = 0; b * s.block_size < span.num_tokens; b++) {
         long block = block_ids[b];
@@ -619,6 +621,7 @@ template <class T> struct Runner {
 
 template <class T> void forward(Context& context, const Decoder& decoder, const Step& step) {
   Layout layout(decoder, step);
+  if (layout.positions.empty()) return;
   Runner<T> runner{decoder, step, layout, context.pool, {}};
   Workspace sizes(nullptr);
   runner.run(sizes, true);

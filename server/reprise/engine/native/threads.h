@@ -8,26 +8,27 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 class Pool {
  public:
   explicit Pool(int num_threads) {
-    for (int i = 1; i < num_threads; i++) threads_.emplace_back([this, i] { work(i); });
-  }
-  ~Pool() {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      stopping_.store(true);
+    try {
+      for (int i = 1; i < num_threads; i++) threads_.emplace_back([this, i] { work(i); });
+    } catch (...) {
+      stop();
+      throw;
     }
-    wake_.notify_all();
-    for (auto& thread : threads_) thread.join();
   }
+  ~Pool() { stop(); }
   int size() const { return (int)threads_.size() + 1; }
 
-  // Calls f(task, thread) for every task below num_tasks, in any order on any thread.
+  // Calls f(task, thread) for every task below num_tasks, in any order on any thread. Throws what one of them did, when
+  // all are over.
   template <class F> void run(long num_tasks, const F& f) {
     if (num_tasks <= 1 || threads_.empty() || num_tasks > MOST) {
       for (long i = 0; i < num_tasks; i++) f(i, 0);
@@ -43,6 +44,7 @@ class Pool {
     }
     while (take(0)) {}
     for (int spins = 0; num_done_.load(std::memory_order_acquire) < num_tasks;) pause(spins);
+    if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
   }
 
  private:
@@ -72,9 +74,23 @@ class Pool {
     if (!has_tasks()) return false;
     uint64_t job = job_.fetch_add(1, std::memory_order_acq_rel);
     if ((uint32_t)job >= job >> SHIFT) return false;
-    call_(context_, (long)(uint32_t)job, thread);
+    try {
+      call_(context_, (long)(uint32_t)job, thread);
+    } catch (...) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      failure_ = std::current_exception();
+    }
     num_done_.fetch_add(1, std::memory_order_release);
     return true;
+  }
+
+  void stop() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      stopping_.store(true);
+    }
+    wake_.notify_all();
+    for (auto& thread : threads_) thread.join();
   }
 
   void work(int thread) {
@@ -97,6 +113,7 @@ class Pool {
   std::atomic<long> num_done_{0};
   std::atomic<int> num_sleeping_{0};
   std::atomic<bool> stopping_{false};
+  std::exception_ptr failure_;  // of a task, read when all are done
   void (*call_)(const void*, long, int) = nullptr;
   const void* context_ = nullptr;
 };
