@@ -257,6 +257,19 @@ async def test_one_whose_step_never_ends_is_killed_and_replaced(
         assert (engine.num_restarts, engine.num_hung, engine.num_recovered) == (1, 1, 4)
 
 
+async def test_one_whose_step_never_ends_is_replaced_though_nobody_waits_for_it_any_more(
+    directory: Path, tokenizer: Tokenizer, counter: str, undisturbed: list[list[tuple[Any, ...]]]
+) -> None:
+    entry = armed(Fault("sleep", seconds=600, at_forward=20, times=1, counter=counter))
+    async with started(directory, tokenizer, entry, HangLimits(step_timeout=1.5)) as engine:
+        given_up = asyncio.create_task(answers(engine, requests(tokenizer)))
+        await until(lambda: Path(counter).exists())
+        given_up.cancel()
+        await until(lambda: engine.num_restarts == 1 and engine.state is EngineState.READY)
+        assert engine.num_hung == 1
+        assert await answers(engine, requests(tokenizer)) == undisturbed
+
+
 async def test_a_slow_step_is_no_hang(
     directory: Path, tokenizer: Tokenizer, counter: str, undisturbed: list[list[tuple[Any, ...]]]
 ) -> None:

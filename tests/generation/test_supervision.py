@@ -28,7 +28,7 @@ LIMITS = HangLimits(heartbeat_timeout=10, step_timeout=300, load_timeout=1000)
 
 
 def watch(
-    seconds: float, *, heartbeat: bool = False, steps: bool = False, loading: bool = False, has_work: bool = True
+    seconds: float, *, heartbeat: bool = False, steps: bool = False, loading: bool = False
 ) -> tuple[str | None, float]:
     """Look at an engine that stays the same: the first verdict and when it came."""
     watchdog = Watchdog(LIMITS, 100.0)
@@ -39,7 +39,7 @@ def watch(
             watchdog.heard()
         if steps:
             watchdog.progressed()
-        reason = watchdog.look(now, loading=loading, has_work=has_work)
+        reason = watchdog.look(now, loading=loading)
         if reason is not None:
             return reason, now - 100.0
     return None, seconds
@@ -56,15 +56,14 @@ def test_silence_is_a_hang_sooner_while_serving_than_while_loading() -> None:
 
 
 def test_a_long_step_with_a_heartbeat_is_none_until_the_step_timeout() -> None:
-    assert watch(299, heartbeat=True) == (None, 299)
+    assert watch(300, heartbeat=True) == (None, 300)
     reason, after = watch(400, heartbeat=True)
     assert reason is not None
-    assert "no step for 300." in reason
-    assert 300 < after <= 301
+    assert "no step for 301." in reason
+    assert 301 < after <= 302
 
 
-def test_idling_and_stepping_are_none() -> None:
-    assert watch(2000, heartbeat=True, has_work=False)[0] is None
+def test_stepping_is_none() -> None:
     assert watch(2000, heartbeat=True, steps=True)[0] is None
 
 
@@ -78,9 +77,9 @@ def test_loading_for_ever_is_a_hang() -> None:
 def test_what_the_supervisor_slept_through_does_not_count() -> None:
     """The whole group was stopped for an hour: the heartbeats are in the socket, unread."""
     watchdog = Watchdog(LIMITS, 0.0)
-    assert watchdog.look(3600.0, loading=False, has_work=True) is None
+    assert watchdog.look(3600.0, loading=False) is None
     watchdog.heard()
-    assert watchdog.look(3601.0, loading=False, has_work=True) is None
+    assert watchdog.look(3601.0, loading=False) is None
 
 
 def running(*requests: list[int]) -> Suspects:

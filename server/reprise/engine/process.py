@@ -26,6 +26,7 @@ from reprise.engine.sampler import Sampler
 from reprise.engine.scheduler import Scheduler
 from reprise.errors import ModelLoadError
 from reprise.ipc.messages import (
+    IDLE_SECONDS,
     Abort,
     Add,
     LoadFailed,
@@ -37,8 +38,6 @@ from reprise.ipc.messages import (
 )
 from reprise.ipc.transport import BlockingConnection, ConnectionClosed, ProtocolError
 
-IDLE_SECONDS = 1.0
-"""How often an engine that has nothing to do says so."""
 RESERVING_SECONDS = 0.005
 """How long an engine that takes memory does not look for requests, beside the piece that it has begun."""
 EXIT_FAILED = 1
@@ -136,20 +135,23 @@ def _loop(
     core: EngineCore, reservation: Reservation, connection: BlockingConnection[ToEngine], pending: list[ToEngine]
 ) -> None:
     step_seconds = 0.0
-    was_busy = False
+    was_busy = unchecked = False
     said_so_at = time.monotonic()
     while True:
         is_idle = not (core.has_work or was_busy or pending)
         messages = [*pending, *connection.receive(IDLE_SECONDS if is_idle and reservation.is_complete else 0)]
-        if is_idle and not messages and not reservation.is_complete:
+        at_rest = is_idle and not messages
+        if at_rest and not reservation.is_complete:
             reservation.advance(RESERVING_SECONDS)
             if time.monotonic() - said_so_at < IDLE_SECONDS:
                 continue
         pending = []
         outputs = _take_in(core, messages)
         has_work = core.has_work
-        if was_busy and not has_work:
+        if at_rest and unchecked:
+            # Not as soon as there is nothing to do: who asks again at once would wait for it.
             core.check()
+        unchecked = has_work or (unchecked and not at_rest)
         was_busy = has_work
         if has_work:
             started = time.monotonic()

@@ -257,8 +257,7 @@ class AsyncEngine:
         while reason is None:
             await asyncio.sleep(watchdog.interval)
             loading = self.state is not EngineState.READY
-            has_work = self._suspects.num_in_engine > 0
-            reason = watchdog.look(time.monotonic(), loading=loading, has_work=has_work)
+            reason = watchdog.look(time.monotonic(), loading=loading)
         self.num_hung += 1
         logger.error("the engine process hangs and is killed: %s", reason, extra={"pid": process.pid})
         await process.kill_hung()

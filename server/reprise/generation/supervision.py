@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-from reprise.ipc.messages import SequenceOutput
+from reprise.ipc.messages import IDLE_SECONDS, SequenceOutput
 
 LOADING_PATIENCE = 6.0
 """How many times later a heartbeat may be while loading, where much runs that keeps the interpreter to itself."""
@@ -57,19 +57,22 @@ class Watchdog:
         """A step was finished."""
         self._stalled = 0.0
 
-    def look(self, now: float, *, loading: bool, has_work: bool) -> str | None:
-        """Why the engine counts as hung; None where it does not. has_work: whether it has sequences to work on."""
+    def look(self, now: float, *, loading: bool) -> str | None:
+        """Why the engine counts as hung; None where it does not.
+
+        Whether anybody waits for it says nothing: they may have given it up. One that has nothing to do says so.
+        """
         elapsed = min(now - self._last_look, 2 * self.interval)
         self._last_look = now
         self._silent += elapsed
         self._loading = self._loading + elapsed if loading else 0.0
-        self._stalled = self._stalled + elapsed if has_work and not loading else 0.0
+        self._stalled = self._stalled + elapsed if not loading else 0.0
         patience = self._limits.heartbeat_timeout * (LOADING_PATIENCE if loading else 1.0)
         if self._silent > patience:
             return f"it has shown no sign of life for {self._silent:.1f} seconds"
         if self._loading > self._limits.load_timeout:
             return f"it has been loading for {self._loading:.0f} seconds"
-        if self._stalled > self._limits.step_timeout:
+        if self._stalled > self._limits.step_timeout + IDLE_SECONDS:
             return f"it has finished no step for {self._stalled:.1f} seconds"
         return None
 

@@ -15,6 +15,9 @@ from reprise.types import FinishReason, SamplingParams, TokenLogprobs
 
 Tier = Literal["paged", "padded"]
 
+IDLE_SECONDS = 1.0
+"""How often an engine that has nothing to do says so."""
+
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What the engine needs to know of the settings. Sizes in tokens unless they say bytes."""
