@@ -53,7 +53,8 @@ def anyio_backend() -> str:
 
 
 @pytest.mark.parametrize(
-    ("exit_code", "how"), [(0, "with exit code 0"), (7, "with exit code 7"), (-signal.SIGABRT, "by SIGABRT")]
+    ("exit_code", "how"),
+    [(0, "with exit code 0"), (7, "with exit code 7"), (-signal.SIGABRT, "by SIGABRT"), (-40, "by signal 40")],
 )
 async def test_it_tells_how_it_ended(exit_code: int, how: str) -> None:
     process = await start(partial(engine_lives.send_and_end, exit_code))

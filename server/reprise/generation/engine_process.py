@@ -119,7 +119,15 @@ class EngineProcess:
             return f"not yet, {STOP_SECONDS:g} seconds after SIGKILL"
         if code is None:
             return "unseen by its fork server"
-        return f"with exit code {code}" if code >= 0 else f"by {signal.Signals(-code).name}"
+        return f"with exit code {code}" if code >= 0 else f"by {_signal_name(-code)}"
+
+
+def _signal_name(number: int) -> str:
+    """Those of real time have none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _spawned(sock: socket.socket, spawning: asyncio.Task[Child]) -> None:
