@@ -164,6 +164,8 @@ def load_draft(
         draft = load(of_draft, lambda _, share: progress("loading the draft model", share))
     except ModelLoadError as error:
         raise ModelLoadError(f"--draft-model: {error}") from None
+    except (MemoryError, torch.OutOfMemoryError):
+        raise ModelLoadError(f"--draft-model: '{config.draft_model}' does not fit into memory") from None
     memory -= draft.ready.kv_cache_memory
     if config.kv_cache_memory is None and device.type == "cuda":
         # Its weights lie in what was free.
