@@ -61,21 +61,22 @@ class _Constraints:
             self.counts = torch.zeros(vocab_size, device=device)
         if sampling.repetition_penalty != 1.0:
             self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-            self.seen[to_device(sequence.token_ids[: sequence.num_prompt_tokens], device)] = True
+            self.seen.index_fill_(0, to_device(sequence.token_ids[: sequence.num_prompt_tokens], device), value=True)
         if sampling.allowed_token_ids is not None:
             self._allowed = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-            self._allowed[to_device(sampling.allowed_token_ids, device)] = True
+            self._allowed.index_fill_(0, to_device(sampling.allowed_token_ids, device), value=True)
         if sampling.logit_bias:
             ids = to_device(list(sampling.logit_bias), device)
             self._bias = (ids, to_device(list(sampling.logit_bias.values()), device))
 
     def catch_up(self) -> None:
         """Take in the tokens generated since the last time."""
+        # Not by an assignment to an index: on CUDA that copies the value from the host, and waits until it is there.
         for token_id in self._sequence.output_token_ids[self._num_consumed :]:
             if self.counts is not None:
-                self.counts[token_id] += 1
+                self.counts.narrow(0, token_id, 1).add_(1)
             if self.seen is not None:
-                self.seen[token_id] = True
+                self.seen.narrow(0, token_id, 1).fill_(value=True)
             if self.bad_words is not None:
                 automaton, table = self.bad_words
                 self._bad_word_state = automaton.advance(self._bad_word_state, table.token_bytes[token_id])
@@ -90,7 +91,7 @@ class _Constraints:
         sampling = self._sequence.sampling
         if self._sequence.num_output_tokens < sampling.min_tokens:
             ending = [*sampling.end_token_ids, *sampling.stop_token_ids]
-            row[to_device(ending, self._device, torch.int64)] = processors.REMOVED
+            row.index_fill_(0, to_device(ending, self._device, torch.int64), processors.REMOVED)
         if self.bad_words is not None:
             automaton, table = self.bad_words
             forbidden = automaton.forbidden(self._bad_word_state, table)[: row.shape[0]]
