@@ -149,6 +149,15 @@ class TestAnticipation:
         assert torch.equal(runner.run(next_step(1)), plain.run(next_step(1)))
         assert runner.num_anticipated_rows == 5
 
+    def test_a_step_begun_for_one_that_has_ended_stops_no_other(self) -> None:
+        runner = make_runner(tiny_models.build("llama"))
+        ended, following = sequence(0, 9), sequence(1, 7)
+        runner.run([ScheduledSequence(ended, 0, 9)])
+        runner.anticipate([ScheduledSequence(ended, 8, 1)], torch.tensor([11]))
+        runner.run([ScheduledSequence(following, 0, 7)])
+        runner.anticipate([ScheduledSequence(following, 6, 1)], torch.tensor([11]))
+        assert runner._anticipated is not None
+
     def test_moved_sequences_and_other_places_are_computed_anew(self) -> None:
         model = tiny_models.build("llama")
         runner, plain = make_runner(model), make_runner(model)

@@ -25,7 +25,7 @@ from reprise.engine.sequence import Sequence
 
 _NUM_WARM_UPS = 2
 STEPS_NOT_BEGUN = 16
-"""After a step that was begun and that nobody asked for, as where drafts come: it cost the time of one."""
+"""After a step that was begun for sequences which then asked for another, as where drafts come: it cost its time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,8 @@ class CudaRunner:
         known = [row for row in rows if row is not None]
         self.num_anticipated_rows += len(known)
         if anticipated is None or not known:
-            self._num_to_wait = self._num_to_wait if anticipated is None else STEPS_NOT_BEGUN
+            if anticipated is not None and any(one.sequence.sequence_id in anticipated.entries for one in batch):
+                self._num_to_wait = STEPS_NOT_BEGUN
             return self._compute(rest)
         if not rest and known == list(range(len(known))):
             return anticipated.logits[: len(known)]
