@@ -57,7 +57,7 @@ def test_a_rehearsal_goes_through_all_parts(
 
 def test_a_wrong_decoder_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its gate is turned off: a rotation of nothing gives other answers."""
-    monkeypatch.setattr(decoder, "_rotated", lambda heads, *_: heads)
+    monkeypatch.setattr(decoder, "_rotate", lambda heads, *_, into: into.copy_(heads))
     monkeypatch.setattr("reprise.engine.execution.cuda_layers_gate", lambda *_: "")
     monkeypatch.setattr("reprise.engine.decoder_gate.NativeGate.difference", lambda *_: "")
     for dtype in gpu.DTYPES:

@@ -78,7 +78,8 @@ class FusedWeights:
 class CudaDecoder:
     """The model over `num_blocks` blocks of `block_size` tokens and one more, for rows that are nobody's.
 
-    Keys and values: [layers, 2, num_blocks + 1, block_size, kv_heads, head_dim] in the model's number format.
+    Keys and values: [layers, num_blocks + 1, block_size, 2 * kv_heads, head_dim] in the model's number format, the keys
+    of a token before its values.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class CudaDecoder:
         # Torch's own on a CPU gives an element other bits at another place in a tensor.
         self._silu = F.silu if model.device.type == "cuda" else elementwise.silu
         self._cosines, self._sines = _rotations(model, max_positions)
-        pages = (len(weights.layers), 2, num_blocks + 1, block_size, self._num_kv_heads, self._head_dim)
+        pages = (len(weights.layers), num_blocks + 1, block_size, 2 * self._num_kv_heads, self._head_dim)
         # Zeros, since a masked-out NaN left in fresh memory would still poison a weighted sum.
         self._pages = torch.zeros(pages, dtype=model.dtype, device=model.device)
 
@@ -121,25 +122,31 @@ class CudaDecoder:
         weights, products, epsilon = self._weights, self.products, self._epsilon
         hidden = F.embedding(tables.token_ids, weights.embedding)
         num_rows = hidden.shape[0]
-        heads = [self._num_heads, self._num_kv_heads, self._num_kv_heads]
+        num_queries, num_turned = self._num_heads, self._num_heads + self._num_kv_heads
         slots = tables.slots.long()
         rotation = (
             self._cosines.index_select(0, tables.positions)[:, None],
             self._sines.index_select(0, tables.positions)[:, None],
         )
-        for layer, (keys, values) in zip(weights.layers, self._pages, strict=True):
+        for layer, pages in zip(weights.layers, self._pages, strict=True):
             projected = products(_norm(hidden, layer.input_norm, epsilon), layer.query_key_value)
             if layer.query_key_value_bias is not None:
                 projected = projected + layer.query_key_value_bias
-            query, key, value = torch.split(projected.view(num_rows, -1, self._head_dim), heads, dim=1)
+            # A row's queries, keys and values lie side by side, so that few and not many small kernels take them on.
+            heads = projected.view(num_rows, -1, self._head_dim)
+            turning = heads[:, :num_turned]
             if layer.query_norm is not None and layer.key_norm is not None:
-                query, key = _norm(query, layer.query_norm, epsilon), _norm(key, layer.key_norm, epsilon)
-            keys.flatten(0, 1).index_copy_(0, slots, _rotated(key, *rotation))
-            values.flatten(0, 1).index_copy_(0, slots, value)
+                of_query, of_key = (
+                    _norm(heads[:, :num_queries], layer.query_norm, epsilon),
+                    heads[:, num_queries:num_turned],
+                )
+                turning = torch.cat((of_query, _norm(of_key, layer.key_norm, epsilon)), dim=1)
+            _rotate(turning, *rotation, into=heads[:, :num_turned])
+            pages.flatten(0, 1).index_copy_(0, slots, heads[:, num_queries:])
             attended = self._attention(
-                _rotated(query, *rotation),
-                keys,
-                values,
+                heads[:, :num_queries],
+                pages[:, :, : self._num_kv_heads],
+                pages[:, :, self._num_kv_heads :],
                 tables,
                 scale=self._scale,
                 window=layer.window,
@@ -181,7 +188,7 @@ def _fused(weights: list[nn.Parameter]) -> Tensor:
 
 
 def _rotations(model: PreTrainedModel, max_positions: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [max_positions, head_dim] float32 of the model's rotary embedding, as `_rotated` takes them."""
+    """Cosines and sines [max_positions, head_dim] float32 of the model's rotary embedding, as `_rotate` takes them."""
     parts: Any = model.model
     positions = torch.arange(max_positions, device=model.device)[None]
     cosines, sines = (part[0].float() for part in parts.rotary_emb(torch.zeros(1, device=model.device), positions))
@@ -190,10 +197,11 @@ def _rotations(model: PreTrainedModel, max_positions: int) -> tuple[Tensor, Tens
     return cosines.contiguous(), sines.contiguous()
 
 
-def _rotated(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Of heads [R, heads, head_dim]; the others are [R, 1, head_dim] float32."""
-    turned = heads.roll(heads.shape[-1] // 2, dims=-1)
-    return (heads * cosines + turned * sines).to(heads.dtype)
+def _rotate(heads: Tensor, cosines: Tensor, sines: Tensor, *, into: Tensor) -> None:
+    """Rotate heads [R, heads, head_dim] into others, or themselves; cosines and sines are [R, 1, head_dim] float32."""
+    first, second = heads.chunk(2, dim=-1)
+    turned = torch.cat((second, first), dim=-1)
+    torch.add(heads * cosines, turned * sines, out=into)
 
 
 def _norm(rows: Tensor, weight: Tensor, epsilon: float) -> Tensor:
