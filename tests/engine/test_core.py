@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from reprise.engine.core import EngineCore
 from reprise.engine.model_runner import ModelRunner, PagedRunner
+from reprise.engine.sampler import RowLogprobs
 from reprise.engine.scheduler import Batch
 from reprise.engine.sequence import Sequence
 from reprise.ipc.messages import Add
@@ -86,6 +87,28 @@ def test_prompt_logprobs_are_those_of_the_models_own_forward(name: str, model_di
         assert entry.token_id == PROMPT[position]
         assert entry.logprob == pytest.approx(float(expected[position - 1, PROMPT[position]]), abs=1e-4)
         assert entry.top[0][0] == int(expected[position - 1].argmax())
+
+
+@pytest.mark.parametrize("name", ["llama", "falcon"])
+def test_a_prompt_is_scored_in_parts(
+    name: str, model_directory: ModelDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them has a copy of its logits; those of the whole prompt are gigabytes."""
+    core = build_core(load_from(model_directory(name)), None)
+    whole = run(core, [(PROMPT, greedy(0, num_prompt_logprobs=2))])[0]
+    sizes = []
+
+    class Noted(RowLogprobs):
+        def __init__(self, raw: torch.Tensor, token_ids: torch.Tensor, counts: list[int | None]) -> None:
+            sizes.append(len(raw))
+            super().__init__(raw, token_ids, counts)
+
+    monkeypatch.setattr("reprise.engine.core.MAX_SCORED_ROWS", 3)
+    monkeypatch.setattr("reprise.engine.core.RowLogprobs", Noted)
+    in_parts = run(core, [(PROMPT, greedy(0, num_prompt_logprobs=2))])[0]
+    assert in_parts.prompt_logprobs == whole.prompt_logprobs
+    assert max(sizes) <= 3
+    assert sum(sizes) == len(PROMPT) - 1
 
 
 def test_an_unknown_or_finished_sequence_can_be_aborted(core: EngineCore) -> None:

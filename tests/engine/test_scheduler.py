@@ -96,6 +96,20 @@ def complete(scheduler: Scheduler, batch: Batch) -> list[Sequence]:
     return finished
 
 
+def test_a_prompt_that_is_scored_is_cut_to_few_rows_of_logits() -> None:
+    scheduler = make_scheduler(num_blocks=400, max_num_batched_tokens=1000)
+    sampling = SamplingParams(seed=0, max_tokens=8, num_prompt_logprobs=1)
+    scored = Sequence(0, choice_index=0, prompt_token_ids=[5] * 600, sampling=sampling)
+    scheduler.add(scored)
+    scheduler.add(make_sequence(1, 700))
+    sizes = []
+    for _ in range(4):
+        batch = scheduler.schedule()
+        sizes.append({s.sequence.sequence_id: s.num_tokens for s in batch})
+        complete(scheduler, batch)
+    assert sizes == [{0: 256, 1: 700}, {1: 1, 0: 256}, {1: 1, 0: 88}, {0: 1, 1: 1}]
+
+
 def test_a_long_prompt_is_cut_to_the_budget_and_decoding_goes_on_beside_it() -> None:
     scheduler = make_scheduler(num_blocks=64)
     short, long = make_sequence(1, 3), make_sequence(2, 40)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import traceback
+from collections.abc import Iterable
 from functools import partial
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from reprise.engine.device import to_device
 from reprise.engine.model_runner import Anticipating, ModelRunner
 from reprise.engine.sampler import RowLogprobs, Sampled, Sampler, no_numbers
-from reprise.engine.scheduler import Batch, ScheduledSequence, Scheduler
+from reprise.engine.scheduler import MAX_SCORED_ROWS, Batch, ScheduledSequence, Scheduler
 from reprise.engine.sequence import Sequence
 from reprise.engine.shortage import is_shortage, release_caches
 from reprise.ipc.messages import Add, EngineStats, SequenceOutput
@@ -318,21 +319,25 @@ def _score_prompts(batch: Batch, logits: Tensor) -> set[int]:
     for scheduled in batch:
         first, offset = offset, offset + scheduled.num_logit_rows
         if scheduled.sequence.scores_prompt:
-            rows = logits[first:offset]
+            rows = torch.split(logits[first:offset], MAX_SCORED_ROWS)
             _score_prompt(scheduled, rows)
-            if no_numbers(rows.float()):
+            if any(no_numbers(some.float()) for some in rows):
                 broken.add(scheduled.sequence.sequence_id)
     return broken
 
 
-def _score_prompt(scheduled: ScheduledSequence, rows: Tensor) -> None:
-    """Log-probabilities of the prompt tokens that these positions predict: each the one after its own."""
+def _score_prompt(scheduled: ScheduledSequence, rows: Iterable[Tensor]) -> None:
+    """Log-probabilities of the prompt tokens that these positions predict: each the one after its own.
+
+    rows: [n, vocab] each, one behind the other.
+    """
     sequence = scheduled.sequence
     assert sequence.prompt_logprobs is not None
-    targets = sequence.token_ids[scheduled.start + 1 : min(scheduled.end + 1, sequence.num_prompt_tokens)]
-    if not targets:
-        return
-    wanted = to_device(targets, rows.device)
-    count = sequence.sampling.num_prompt_logprobs
-    scored = RowLogprobs(rows[: len(targets)].float(), wanted, [count] * len(targets)).rows()
-    sequence.prompt_logprobs[scheduled.start + 1 : scheduled.start + 1 + len(targets)] = scored
+    count, first = sequence.sampling.num_prompt_logprobs, scheduled.start + 1
+    for some in rows:
+        targets = sequence.token_ids[first : min(first + len(some), sequence.num_prompt_tokens)]
+        if targets:
+            wanted = to_device(targets, some.device)
+            scored = RowLogprobs(some[: len(targets)].float(), wanted, [count] * len(targets)).rows()
+            sequence.prompt_logprobs[first : first + len(targets)] = scored
+        first += len(some)

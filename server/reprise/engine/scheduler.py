@@ -66,6 +66,9 @@ class ScheduledSequence:
 
 Batch = list[ScheduledSequence]
 
+MAX_SCORED_ROWS = 256
+"""Of a prompt that is scored, computed or looked at at a time: each has logits of the whole vocabulary."""
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulingLimits:
@@ -95,6 +98,9 @@ class _Plan:
     @property
     def batch(self) -> Batch:
         return list(self._scheduled.values())
+
+    def __contains__(self, sequence: Sequence) -> bool:
+        return sequence.sequence_id in self._scheduled
 
     def add(self, scheduled: ScheduledSequence) -> None:
         """In place of what there is of the sequence: those behind it may read what it writes in this step."""
@@ -244,11 +250,13 @@ class Scheduler:
             # A pass that is larger than the step limit can only be made by itself.
             fits = num_tokens <= plan.budget or (not plan.batch and num_tokens <= self._limits.max_num_batched_tokens)
             return num_tokens if fits else 0
-        return min(num_tokens, plan.budget, sequence.max_chunk or num_tokens)
+        most = MAX_SCORED_ROWS if sequence.scores_prompt else num_tokens
+        return min(num_tokens, plan.budget, sequence.max_chunk or num_tokens, most)
 
     def _continue(self, sequence: Sequence, plan: _Plan) -> bool:
         """Schedule more of a running sequence. False: the budget is spent."""
-        if sequence.status is not SequenceStatus.RUNNING:
+        if sequence.status is not SequenceStatus.RUNNING or sequence in plan:
+            # It gave up its place in this step, and may have been given one again.
             return True
         num_tokens = self._chunk(sequence, sequence.num_uncomputed_tokens, plan)
         if num_tokens == 0:
