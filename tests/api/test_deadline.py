@@ -43,13 +43,16 @@ async def test_a_cancelled_deadline_calls_nothing() -> None:
 async def test_what_a_deadline_calls_may_set_it_again() -> None:
     called: list[int] = []
     deadline = Deadline(asyncio.get_running_loop())
+    through = asyncio.Event()
 
     def again(left: int) -> None:
         called.append(left)
         if left:
             deadline.set(0.005, again, left - 1)
+        else:
+            through.set()
 
     deadline.set(0.005, again, 2)
-    await asyncio.sleep(0.08)
+    await through.wait()
     assert called == [2, 1, 0]
     assert not deadline.is_set

@@ -97,17 +97,18 @@ def complete(scheduler: Scheduler, batch: Batch) -> list[Sequence]:
 
 
 def test_a_prompt_that_is_scored_is_cut_to_few_rows_of_logits() -> None:
-    scheduler = make_scheduler(num_blocks=400, max_num_batched_tokens=1000)
+    scheduler = make_scheduler(num_blocks=500, max_num_batched_tokens=1000)
     sampling = SamplingParams(seed=0, max_tokens=8, num_prompt_logprobs=1)
-    scored = Sequence(0, choice_index=0, prompt_token_ids=[5] * 600, sampling=sampling)
-    scheduler.add(scored)
+    scheduler.add(Sequence(0, choice_index=0, prompt_token_ids=[5] * 600, sampling=sampling))
     scheduler.add(make_sequence(1, 700))
+    scheduler.add(Sequence(2, choice_index=0, prompt_token_ids=[6] * 300, sampling=sampling))
     sizes = []
-    for _ in range(4):
+    for _ in range(5):
         batch = scheduler.schedule()
         sizes.append({s.sequence.sequence_id: s.num_tokens for s in batch})
         complete(scheduler, batch)
-    assert sizes == [{0: 256, 1: 700}, {1: 1, 0: 256}, {1: 1, 0: 88}, {0: 1, 1: 1}]
+    # Of all that are scored together no more than so many.
+    assert sizes == [{0: 256, 1: 700}, {1: 1, 0: 256}, {1: 1, 0: 88, 2: 168}, {0: 1, 1: 1, 2: 132}, {0: 1, 1: 1, 2: 1}]
 
 
 def test_a_long_prompt_is_cut_to_the_budget_and_decoding_goes_on_beside_it() -> None:

@@ -67,7 +67,7 @@ class ScheduledSequence:
 Batch = list[ScheduledSequence]
 
 MAX_SCORED_ROWS = 256
-"""Of a prompt that is scored, computed or looked at at a time: each has logits of the whole vocabulary."""
+"""Of prompts that are scored, computed in a step or looked at at a time: each has logits of the whole vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +98,10 @@ class _Plan:
     @property
     def batch(self) -> Batch:
         return list(self._scheduled.values())
+
+    @property
+    def num_scored_rows(self) -> int:
+        return sum(s.num_tokens for s in self._scheduled.values() if s.sequence.scores_prompt)
 
     def __contains__(self, sequence: Sequence) -> bool:
         return sequence.sequence_id in self._scheduled
@@ -250,7 +254,7 @@ class Scheduler:
             # A pass that is larger than the step limit can only be made by itself.
             fits = num_tokens <= plan.budget or (not plan.batch and num_tokens <= self._limits.max_num_batched_tokens)
             return num_tokens if fits else 0
-        most = MAX_SCORED_ROWS if sequence.scores_prompt else num_tokens
+        most = MAX_SCORED_ROWS - plan.num_scored_rows if sequence.scores_prompt else num_tokens
         return min(num_tokens, plan.budget, sequence.max_chunk or num_tokens, most)
 
     def _continue(self, sequence: Sequence, plan: _Plan) -> bool:
