@@ -262,9 +262,10 @@ async def test_one_whose_step_never_ends_is_replaced_though_nobody_waits_for_it_
 ) -> None:
     entry = armed(Fault("sleep", seconds=600, at_forward=20, times=1, counter=counter))
     async with started(directory, tokenizer, entry, HangLimits(step_timeout=1.5)) as engine:
-        given_up = asyncio.create_task(answers(engine, requests(tokenizer)))
+        given_up = [engine.submit(request) for request in requests(tokenizer)]
         await until(lambda: Path(counter).exists())
-        given_up.cancel()
+        for stream in given_up:
+            stream.close()
         await until(lambda: engine.num_restarts == 1 and engine.state is EngineState.READY)
         assert engine.num_hung == 1
         assert await answers(engine, requests(tokenizer)) == undisturbed

@@ -105,7 +105,6 @@ def test_nobody_is_in_an_engine_that_is_not_ready() -> None:
     assert suspects.moves().add == []
     assert revive(suspects) == [1, 2]
     assert suspects.moves().add == []
-    assert suspects.num_in_engine == 2
 
 
 def test_a_death_after_progress_accuses_nobody_for_long() -> None:

@@ -134,10 +134,6 @@ class Suspects:
         self._num_deaths = 0
 
     @property
-    def num_in_engine(self) -> int:
-        return len(self._in_engine)
-
-    @property
     def on_trial(self) -> bool:
         """Whether a request is being tried, and the others wait."""
         return any(request.is_suspect for request in self._requests)
