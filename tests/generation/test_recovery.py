@@ -330,6 +330,25 @@ async def test_a_poisonous_request_is_given_up_and_the_others_go_on(
         assert engine.num_restarts == 3
 
 
+async def test_who_is_beside_a_request_that_its_client_gives_up_is_not_taken_for_it(
+    directory: Path, tokenizer: Tokenizer, poison: int, counter: str, undisturbed: list[list[tuple[Any, ...]]]
+) -> None:
+    """The engine hangs over it, its client loses patience and asks again, and again."""
+    entry = armed(Fault("sleep", seconds=600, token_id=poison, counter=counter))
+    async with started(directory, tokenizer, entry, HangLimits(step_timeout=0.5)) as engine:
+        answering = asyncio.create_task(answers(engine, requests(tokenizer)[:1]))
+        bad = engine.submit(poisonous(tokenizer, poison))
+        for attempt in (1, 2):
+            await until(lambda: Path(counter).exists() and Path(counter).stat().st_size == attempt)  # noqa: B023 # awaited here
+            bad.close()
+            await until(lambda: engine.num_restarts == attempt)  # noqa: B023 # awaited here
+            if attempt == 1:
+                bad = engine.submit(poisonous(tokenizer, poison))
+        assert await answering == undisturbed[:1]
+        assert (engine.num_restarts, engine.num_hung, engine.num_convicted) == (2, 2, 0)
+        await until(lambda: not engine._leaving)
+
+
 async def test_requests_that_come_during_a_trial_wait(
     directory: Path, tokenizer: Tokenizer, poison: int, undisturbed: list[list[tuple[Any, ...]]]
 ) -> None:

@@ -131,6 +131,7 @@ def test_suspects_are_tried_alone_oldest_first_and_the_guilty_one_is_convicted()
     assert suspects.delivered(1, 1)
     moves = suspects.moves()
     assert (moves.withdraw, moves.add) == ([1], [2])
+    suspects.left(1)
     conviction = suspects.died(killed=False)
     assert conviction is not None
     assert (conviction.choice_ids, conviction.num_deaths) == ([2], 3)
@@ -206,6 +207,50 @@ def test_who_waits_during_a_trial_is_not_accused() -> None:
     assert not suspects.on_trial
 
 
+def test_who_left_the_engine_that_is_at_its_last_step_is_there_when_it_dies() -> None:
+    """Its client gave it up, because the engine hangs over it."""
+    suspects = running([1])
+    for guilty in (2, 3):
+        suspects.add([guilty])
+        suspects.moves()
+        suspects.remove(guilty)
+        assert suspects.died(killed=False) is None
+        assert revive(suspects) == [1]
+    assert suspects.on_trial
+    assert suspects.delivered(1, 2)
+
+
+def test_who_has_left_the_engine_is_not_there_when_it_dies() -> None:
+    suspects = running([1], [2])
+    assert suspects.died(killed=False) is None
+    revive(suspects)
+    suspects.remove(2)
+    suspects.left(2)
+    assert suspects.died(killed=False) is None
+    assert revive(suspects) == [1]
+    assert suspects.died(killed=False) is not None
+
+
+def test_a_stay_that_has_ended_says_nothing_of_a_later_one() -> None:
+    """Withdrawn twice before the engine has said that it is done with it once."""
+    suspects = running([1], [2])
+    suspects.died(killed=False)
+    revive(suspects)
+    suspects.died(killed=False)
+    assert revive(suspects) == [1]
+    assert suspects.delivered(1, 2)
+    assert suspects.moves().withdraw == [1]
+    assert suspects.delivered(2, 2)
+    assert suspects.moves().add == [1]
+    suspects.remove(1)
+    suspects.left(1)
+    assert suspects.died(killed=False) is None
+    assert revive(suspects) == [2]
+    assert suspects.died(killed=False) is None
+    suspects.add([3])
+    assert revive(suspects) == [2], "who died once beside another and once alone is tried"
+
+
 @dataclass
 class World:
     """Requests with lengths, some of them poison: the engine dies when it is to compute the n-th token of one."""
@@ -216,15 +261,47 @@ class World:
     poison: dict[int, int] = field(default_factory=dict)
     tokens: dict[int, int] = field(default_factory=dict)
     inside: set[int] = field(default_factory=set)
+    leaving: list[int] = field(default_factory=list)
+    """Taken out since the engine last looked."""
+    num_given_up: dict[int, int] = field(default_factory=dict)
+    """By request: how many more times its client leaves when the engine hangs over it, and asks again."""
     convicted: set[int] = field(default_factory=set)
     killed: bool = False
     """Whether the engine dies of a SIGKILL, as of the kernel where memory runs out."""
     now: float = 0.0
 
+    def ask(self, number: int, num_choices: int, length: int, poison: int | None, attempt: int = 0) -> None:
+        choices = [number * 100 + attempt * 10 + index for index in range(num_choices)]
+        self.suspects.add(choices)
+        for choice in choices:
+            self.tokens[choice] = 0
+            self.lengths[choice] = length
+            if poison is not None and poison < length:
+                self.poison[choice] = poison
+
     def move(self) -> None:
         moves = self.suspects.moves()
         self.inside.difference_update(moves.withdraw)
+        self.leaving += moves.withdraw
         self.inside.update(moves.add)
+
+    def take_out(self, choice: int) -> None:
+        if choice in self.inside:
+            self.inside.discard(choice)
+            self.leaving.append(choice)
+        self.suspects.remove(choice)
+
+    def leave(self) -> None:
+        """Impatient clients of requests that the engine hangs over ask again."""
+        for number in sorted({i // 100 for i in self.inside if self.tokens[i] >= self.poison.get(i, self.lengths[i])}):
+            if self.num_given_up[number]:
+                self.num_given_up[number] -= 1
+                choices = [i for i in self.tokens if i // 100 == number]
+                for choice in choices:
+                    self.take_out(choice)
+                    del self.tokens[choice]
+                last = choices[-1]
+                self.ask(number, len(choices), self.lengths[last], self.poison[last], last % 100 // 10 + 1)
 
     def live(self, num_steps: int, random: Random) -> str | None:
         """One life of at most so many steps; somebody else's crash ends it. Why it is given up, if it is."""
@@ -234,7 +311,11 @@ class World:
         self.move()
         for _ in range(num_steps):
             self.now += 1.0
+            for choice in self.leaving:
+                self.suspects.left(choice)
+            self.leaving.clear()
             if any(self.tokens[i] >= self.poison[i] for i in self.inside if i in self.poison):
+                self.leave()
                 break
             for choice in random.sample(sorted(self.inside), len(self.inside)):
                 if choice not in self.inside:
@@ -243,13 +324,13 @@ class World:
                 self.policy.delivered()
                 cleared = self.suspects.delivered(choice, 1)
                 if self.tokens[choice] >= self.lengths[choice]:
-                    self.inside.discard(choice)
-                    self.suspects.remove(choice)
+                    self.take_out(choice)
                     cleared = True
                 if cleared:
                     self.move()
         conviction = self.suspects.died(killed=self.killed)
         self.inside.clear()
+        self.leaving.clear()
         for choice in conviction.choice_ids if conviction else []:
             self.convicted.add(choice)
             self.suspects.remove(choice)
@@ -259,33 +340,36 @@ class World:
 @settings(max_examples=200, deadline=None)
 @given(
     requests=st.lists(
-        st.tuples(st.integers(1, 3), st.integers(1, 12), st.none() | st.integers(0, 8)), min_size=1, max_size=6
+        st.tuples(st.integers(1, 3), st.integers(1, 12), st.none() | st.integers(0, 8), st.integers(0, 4)),
+        min_size=1,
+        max_size=6,
     ),
     killed=st.booleans(),
     seed=st.integers(0, 2**32),
 )
 def test_every_poison_is_convicted_and_nobody_else(
-    requests: list[tuple[int, int, int | None]], killed: bool, seed: int
+    requests: list[tuple[int, int, int | None, int]], killed: bool, seed: int
 ) -> None:
-    """Choices, tokens, and for a poisonous request the token that kills. Nothing else ends the engine."""
+    """Choices, tokens, and for a poisonous request the token that kills and how often its client asks again.
+
+    Nothing else ends the engine.
+    """
     world = World(killed=killed)
-    for number, (num_choices, length, poison) in enumerate(requests):
-        choices = [number * 10 + index for index in range(num_choices)]
-        world.suspects.add(choices)
-        for choice in choices:
-            world.tokens[choice] = 0
-            world.lengths[choice] = length
-            if poison is not None and poison < length:
-                world.poison[choice] = poison
-    guilty = {choice // 10 for choice in world.poison}
+    for number, (num_choices, length, poison, num_given_up) in enumerate(requests):
+        world.num_given_up[number] = num_given_up
+        world.ask(number, num_choices, length, poison)
+    guilty = {choice // 100 for choice in world.poison}
     lives = 0
-    while world.tokens.keys() - world.convicted - {i for i, n in world.lengths.items() if world.tokens[i] >= n}:
+    while world.tokens.keys() - world.convicted - {i for i in world.tokens if world.tokens[i] >= world.lengths[i]}:
         lives += 1
-        assert lives < 6 * len(requests)
-        assert world.live(100, Random(seed)) is None, "given up, though every death had its reason"
-    assert {choice // 10 for choice in world.convicted} == guilty
-    for choice, length in world.lengths.items():
-        assert world.tokens[choice] == length or choice // 10 in guilty
+        assert lives < 10 * sum(1 + num_given_up for *_, num_given_up in requests)
+        given_up = world.live(100, Random(seed))
+        assert given_up is None or any(num_given_up for *_, num_given_up in requests), "every death had its reason"
+        if given_up is not None:
+            return
+    assert {choice // 100 for choice in world.convicted} == guilty
+    for choice in world.tokens:
+        assert world.tokens[choice] == world.lengths[choice] or choice // 100 in guilty
 
 
 def fruitless(

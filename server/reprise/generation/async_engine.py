@@ -97,6 +97,8 @@ class AsyncEngine:
         self._entry = entry
         self._choices: dict[int, _Choice] = {}
         self._by_sequence_id: dict[int, _Choice] = {}
+        self._leaving: dict[int, int] = {}
+        """Choices by the names that the engine knew them by, until its last word on those."""
         self._ids = itertools.count(1)
         self._suspects = Suspects()
         self._restarts = RestartPolicy()
@@ -174,11 +176,13 @@ class AsyncEngine:
 
     def _take_out(self, choices: list[_Choice], *, tell: bool = True) -> None:
         """What the engine still says of these is not heard. tell: have it stop."""
-        sequence_ids = [choice.sequence_id for choice in choices if choice.sequence_id is not None]
+        sequence_ids: list[int] = []
         for choice in choices:
-            choice.sequence_id = None
-        for sequence_id in sequence_ids:
-            del self._by_sequence_id[sequence_id]
+            if choice.sequence_id is not None:
+                sequence_ids.append(choice.sequence_id)
+                del self._by_sequence_id[choice.sequence_id]
+                self._leaving[choice.sequence_id] = choice.choice_id
+                choice.sequence_id = None
         if tell and sequence_ids and self._process is not None:
             self._process.send(Abort(sequence_ids))
 
@@ -268,6 +272,7 @@ class AsyncEngine:
         self.num_restarts += 1
         interrupted = list(self._by_sequence_id.values())
         self._take_out(interrupted)
+        self._leaving.clear()
         for choice in interrupted:
             if choice.interrupted_at is None:
                 choice.interrupted_at = now
@@ -304,6 +309,8 @@ class AsyncEngine:
         for number, of_one in enumerate(outputs.values(), start=1):
             for output in of_one:
                 self._deliver(output)
+                if output.finish_reason is not None and output.sequence_id in self._leaving:
+                    self._suspects.left(self._leaving.pop(output.sequence_id))
             if number % DELIVERED_AT_ONCE == 0:
                 await asyncio.sleep(0)
 

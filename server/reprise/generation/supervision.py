@@ -83,6 +83,8 @@ class _Choice:
     request: _Request
     num_deaths: int = 0
     num_tokens_ahead: int = 0
+    num_unconfirmed: int = 0
+    """How many times it was taken out of the engine, which has not said yet that it is done with it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -124,12 +126,16 @@ class Suspects:
     makes its request a suspect. While there are suspects the oldest of them is in the engine alone: it gets ahead
     and is cleared, or the engine dies again and it is convicted. A request that was alone at two deaths need not be
     tried. A death by a SIGKILL from elsewhere may be anybody's doing, so it takes one more of them to convict.
+
+    Who is taken out is there until the engine has said so: it may be computing just that, and its client may have
+    left because of it.
     """
 
     def __init__(self) -> None:
         self._choices: dict[int, _Choice] = {}
         self._requests: dict[_Request, None] = {}
-        self._in_engine: dict[int, None] = {}
+        self._in_engine: dict[int, _Choice] = {}
+        self._leaving: dict[int, _Choice] = {}
         self._ready = False
         self._num_deaths = 0
 
@@ -150,10 +156,23 @@ class Suspects:
         choice = self._choices.pop(choice_id, None)
         if choice is None:
             return
-        self._in_engine.pop(choice_id, None)
+        self._take_out(choice_id)
         del choice.request.choices[choice_id]
         if not choice.request.choices:
             del self._requests[choice.request]
+
+    def _take_out(self, choice_id: int) -> None:
+        choice = self._in_engine.pop(choice_id, None)
+        if choice is not None:
+            choice.num_unconfirmed += 1
+            self._leaving[choice_id] = choice
+
+    def left(self, choice_id: int) -> None:
+        """The engine is done with a choice that was removed or withdrawn: once for each time."""
+        choice = self._leaving[choice_id]
+        choice.num_unconfirmed -= 1
+        if not choice.num_unconfirmed:
+            del self._leaving[choice_id]
 
     def delivered(self, choice_id: int, num_tokens: int) -> bool:
         """New tokens came. True where that clears a request: others may move now."""
@@ -184,26 +203,29 @@ class Suspects:
             [choice_id for choice_id in wanted if choice_id not in self._in_engine],
         )
         for choice_id in moves.withdraw:
-            del self._in_engine[choice_id]
-        self._in_engine.update(dict.fromkeys(moves.add))
+            self._take_out(choice_id)
+        self._in_engine.update((choice_id, self._choices[choice_id]) for choice_id in moves.add)
         return moves
 
     def died(self, *, killed: bool) -> Conviction | None:
         """The engine's process ended. killed: by a SIGKILL that was not the supervisor's."""
-        present = dict.fromkeys(self._choices[choice_id].request for choice_id in self._in_engine)
+        choices = self._leaving | self._in_engine
+        present = dict.fromkeys(choice.request for choice in choices.values())
         convicted = None
         self._num_deaths += 1
         for request in present:
             was_suspect = request.is_suspect
             request.deaths.append(self._num_deaths)
             request.num_deaths_alone = request.num_deaths_alone + 1 if len(present) == 1 else 0
-            if request.num_deaths_alone >= (1 if was_suspect else 2) + killed:
+            if request.choices and request.num_deaths_alone >= (1 if was_suspect else 2) + killed:
                 convicted = Conviction(list(request.choices), list(request.deaths))
-        for choice_id in self._in_engine:
-            self._choices[choice_id].num_deaths += 1
+        for choice in choices.values():
+            choice.num_deaths += 1
+            choice.num_unconfirmed = 0
         for choice in self._choices.values():
             choice.num_tokens_ahead = 0
         self._in_engine.clear()
+        self._leaving.clear()
         self._ready = False
         return convicted
 
