@@ -342,7 +342,10 @@ template <class T> struct Runner {
       constexpr int ROWS = count();
       floats sums[ROWS][GROUPS];
       float* a = acc + r * dim + first;
-      for (int i = 0; i < ROWS; i++) for (int g = 0; g < GROUPS; g++) sums[i][g] = load<floats>(a + i * dim + g * LANES);
+#pragma GCC unroll 12  // else all sums go through memory
+      for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
+        for (int g = 0; g < GROUPS; g++) sums[i][g] = load<floats>(a + i * dim + g * LANES);
       for (long block = 0; block < num_blocks; block++) {
         if (ROWS <= FEW_ROWS)
           for (long i = 0; i < BLOCK / T::PAIR; i++)
@@ -350,11 +353,16 @@ template <class T> struct Runner {
         add_columns<T, ROWS, GROUPS>(weights + r * CHUNK + block * BLOCK, CHUNK, blocks[block] + first * T::PAIR, dim * T::PAIR,
                                      LANES * T::PAIR, BLOCK / T::PAIR, sums, NoFetch{});
       }
-      for (int i = 0; i < ROWS; i++) for (int g = 0; g < GROUPS; g++) store(a + i * dim + g * LANES, sums[i][g]);
+#pragma GCC unroll 12
+      for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
+        for (int g = 0; g < GROUPS; g++) store(a + i * dim + g * LANES, sums[i][g]);
     });
   }
 
   static constexpr int QUERY_ROWS = 48;
+  // With more rows a register tile of several groups does not pay: what they are multiplied with takes registers from sums.
+  static constexpr int MOST_WIDE = REGISTER_BYTES < 64 ? WIDE_TILE : QUERY_ROWS;
   struct Scratch {
     operand query[QUERY_ROWS * MAX_HEAD_DIM];
     float scores[QUERY_ROWS * CHUNK];
@@ -449,7 +457,8 @@ template <class T> struct Runner {
         score(blocks, num_blocks, rows, w);
         for (long r = 0; r < rows; r++) soften(layer, chunk, num_blocks, r, w);
         long i = 0;
-        for (; i + WIDE * LANES <= dim; i += WIDE * LANES) weigh<WIDE, WIDE_TILE>(w.weights, values, num_blocks, dim, i, rows, w.acc);
+        if (rows <= MOST_WIDE)
+          for (; i + WIDE * LANES <= dim; i += WIDE * LANES) weigh<WIDE, WIDE_TILE>(w.weights, values, num_blocks, dim, i, rows, w.acc);
         for (; i < dim; i += LANES) weigh<1, TILE>(w.weights, values, num_blocks, dim, i, rows, w.acc);
       }
       for (long q = 0; q < count; q++)
@@ -473,7 +482,9 @@ template <class T> struct Runner {
         floats sums[ROWS][BLOCKS] = {};
         const element* const* ahead = ROWS <= FEW_ROWS ? keys + b + AHEAD : nullptr;
         multiply_blocks<T, ROWS, BLOCKS>(w.query + r * dim, dim, keys + b, ahead, dim / T::PAIR, sums);
+#pragma GCC unroll 12
         for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
           for (int j = 0; j < BLOCKS; j++) store(w.scores + (r + i) * CHUNK + (b + j) * BLOCK, sums[i][j]);
       };
       long b = 0;

@@ -17,6 +17,19 @@ namespace {
 constexpr int PANEL = 32;   // columns of a panel of weights
 constexpr int TILE = NUM_SUMS >= 24 ? 12 : 6;  // rows of a register tile
 
+inline words upper_halves(words v) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // With the mask in memory: in a register it would push a sum of a tile out of the registers.
+  alignas(32) static constexpr uint32_t MASK[] = {~0xffffu, ~0xffffu, ~0xffffu, ~0xffffu, ~0xffffu, ~0xffffu, ~0xffffu, ~0xffffu};
+  static_assert(sizeof MASK == sizeof v.low);
+  asm("vpand %1, %0, %0" : "+x"(v.low) : "m"(MASK));
+  asm("vpand %1, %0, %0" : "+x"(v.high) : "m"(MASK));
+  return v;
+#else
+  return v & ~0xffffu;
+#endif
+}
+
 // A number format. `element` is what weights, keys and values are kept in, `operand` what is multiplied with them. Of
 // PAIR neighbours along the inner dimension, `factor` gives those of one PART in sixteen columns.
 struct BFloat16 {
@@ -40,7 +53,7 @@ struct BFloat16 {
   static constexpr int PARTS = 2;
   template <int PART> static inline floats factor(const element* p) {
     words both = load<words>(p);
-    return bits_as<floats>(PART ? both & 0xffff0000u : both << 16);
+    return bits_as<floats>(PART ? upper_halves(both) : both << 16);
   }
   template <int PART> static inline floats spread(const operand* x) { return splat(x[PART]); }
   static inline floats add_products(floats acc, floats a, floats b) { return acc + a * b; }
