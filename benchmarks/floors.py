@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.nn.functional import linear
 
 from benchmarks.report import print_report
 
@@ -45,16 +46,16 @@ def read_bandwidth(num_bytes: int, *, budget: float, device: str) -> float:
 
 
 def matrix_rate(rows: int, size: int, dtype: torch.dtype, *, budget: float, device: str) -> float:
-    """Floating-point operations a second of (rows, size) times (size, size).
+    """Floating-point operations a second of (rows, size) times a weight of (size, size), as a linear layer has it.
 
     Of fewer rows where so many would take longer than the budget, as in bfloat16 on a CPU without such instructions.
     """
     generator = torch.Generator().manual_seed(0)
     left = torch.randn(rows, size, generator=generator).to(device, dtype)
-    right = torch.randn(size, size, generator=generator).to(device, dtype)
+    weight = torch.randn(size, size, generator=generator).to(device, dtype)
     for count in sorted({min(rows, 16), rows}):
         part = left[:count]
-        seconds = best_seconds(lambda part=part: part @ right, budget=budget, device=device)  # type: ignore[misc]
+        seconds = best_seconds(lambda part=part: linear(part, weight), budget=budget, device=device)  # type: ignore[misc]
         if seconds * rows / count > budget:
             break
     return 2 * count * size * size / seconds

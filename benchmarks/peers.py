@@ -170,7 +170,9 @@ def read_floors(shape: str, options: argparse.Namespace) -> dict[str, float]:
 
 def floor_rates(floors: Mapping[str, Any], shape: str, weight_bytes: int) -> dict[str, float]:
     """Tokens a second that bfloat16 weights allow: read once for a token, or multiplied at the matrix rate."""
-    rate, num_tokens = floors["operations_per_second"]["bfloat16"]["many_rows"], CELLS["prefill"].prompt_tokens
+    # Where a CPU has no instructions for bfloat16, float32 is what it can do.
+    rate = max(of_format["many_rows"] for of_format in floors["operations_per_second"].values())
+    num_tokens = CELLS["prefill"].prompt_tokens
     layers, attention = 2 * layer_matrix_parameters(shape), attention_operations(shape, num_tokens) / num_tokens
     return {
         "c1": floors["read_bytes_per_second"] / weight_bytes,

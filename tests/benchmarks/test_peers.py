@@ -75,6 +75,12 @@ def test_floors_follow_the_weights_and_the_layers() -> None:
     assert rates["prefill, attention counted"] == pytest.approx(2e11 / with_attention)
 
 
+def test_the_floor_of_a_cpu_without_bfloat16_is_what_it_does_in_float32() -> None:
+    rates = {"bfloat16": {"many_rows": 3e10}, "float32": {"many_rows": 1e11}}
+    found = peers.floor_rates({**FLOORS, "operations_per_second": rates}, "smollm2-135m", 250_000_000)
+    assert found["prefill"] == pytest.approx(1e11 / (2 * 106_168_320))
+
+
 def test_the_share_of_the_floor_leaves_prompts_out_and_is_of_each_round() -> None:
     """Of what is 40, 20 and 10 tokens a second without prompts."""
     floors = [{**dict.fromkeys(peers.FLOOR_MEASURES, 10.0), "c1": c1} for c1 in (50.0, 80.0, 10.0)]
