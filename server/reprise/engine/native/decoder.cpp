@@ -331,7 +331,7 @@ template <class T> struct Runner {
   }
 
   // Blocks that are read one after the other are fetched so many before their turn, by tiles so small that they wait for them.
-  static constexpr int AHEAD = 4;
+  static constexpr int AHEAD = REGISTER_BYTES < 64 ? 8 : 4;
   static constexpr int FEW_ROWS = 4;
 
   // acc[rows][GROUPS groups from `first` on] += weights[rows][num_tokens] times values, over whole blocks.
@@ -476,7 +476,7 @@ template <class T> struct Runner {
     long dim = d.head_dim;
     in_tiles<TILE>(rows, [&](auto count, long r) {
       constexpr int ROWS = count();
-      constexpr int AT_ONCE = ROWS * AHEAD <= NUM_SUMS ? AHEAD : ROWS * 2 <= NUM_SUMS ? 2 : 1;
+      constexpr int AT_ONCE = ROWS * 4 <= NUM_SUMS ? 4 : ROWS * 2 <= NUM_SUMS ? 2 : 1;
       auto some = [&](auto several, long b) {
         constexpr int BLOCKS = several();
         floats sums[ROWS][BLOCKS] = {};
