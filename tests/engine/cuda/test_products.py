@@ -40,7 +40,7 @@ def test_buckets_double_and_then_grow_by_tiles() -> None:
 def test_tiles_compute_the_same_products(num_rows: int) -> None:
     rows, weight = torch.randn(num_rows, 24), torch.randn(40, 24)
     computed: list[int] = []
-    products = Products(row_buckets(64, 512), 256)
+    products = Products(row_buckets(64, 512), {weight.shape: 256})
     with counting_rows(computed):
         found = products(rows, weight)
     torch.testing.assert_close(found, rows @ weight.T)
@@ -62,7 +62,7 @@ def test_the_smallest_buckets_whose_kernels_agree_are_taken(
     weights = [torch.randn(40, 64), torch.randn(32, 96)]
     chosen = choose_products(weights, 256)
     assert chosen.buckets[0] == expected
-    assert chosen.tile is None
+    assert chosen.tiles == {}
 
 
 def test_where_no_buckets_agree_products_are_computed_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +71,8 @@ def test_where_no_buckets_agree_products_are_computed_in_tiles(monkeypatch: pyte
 
     monkeypatch.setattr(products, "F", type("Kernels", (), {"linear": staticmethod(linear)}))
     chosen = choose_products([torch.randn(40, 64)], 256)
-    assert chosen == Products((128, 256), 128)
+    assert chosen == Products((128, 256), {torch.Size((40, 64)): 128})
+    assert str(chosen) == "buckets from 128 rows, tiles of 128 for 40x64"
 
 
 @pytest.mark.parametrize(("most_rows", "tile"), [(128, 128), (300, 256), (400, 384), (600, None)])
@@ -82,7 +83,23 @@ def test_tiles_are_as_large_as_kernels_agree(most_rows: int, tile: int | None, m
         return nn.functional.linear(rows, weight) * (1 if rows.shape[0] <= most_rows else 1 + 1e-6)
 
     monkeypatch.setattr(products, "F", type("Kernels", (), {"linear": staticmethod(linear)}))
-    assert choose_products([torch.randn(40, 64)], 512).tile == tile
+    assert choose_products([torch.randn(40, 64)], 512).tiles.get(torch.Size((40, 64))) == tile
+
+
+def test_a_weight_whose_kernels_do_not_agree_leaves_the_others_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def linear(rows: Tensor, weight: Tensor) -> Tensor:
+        return nn.functional.linear(rows, weight) * (1 + (rows.shape[0] > 128) * (weight.shape[0] == 32) * 1e-6)
+
+    monkeypatch.setattr(products, "F", type("Kernels", (), {"linear": staticmethod(linear)}))
+    whole, tiled = torch.randn(40, 64), torch.randn(32, 64)
+    chosen = choose_products([whole, tiled], 256)
+    assert chosen == Products((16, 32, 64, 128, 256), {tiled.shape: 128})
+    computed: list[int] = []
+    monkeypatch.undo()
+    with counting_rows(computed):
+        chosen(torch.randn(256, 64), whole)
+        chosen(torch.randn(256, 64), tiled)
+    assert computed == [256, 128, 128]
 
 
 def test_a_kernel_that_is_another_at_some_places_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +112,7 @@ def test_a_kernel_that_is_another_at_some_places_is_found(monkeypatch: pytest.Mo
         return found
 
     monkeypatch.setattr(products, "F", type("Kernels", (), {"linear": staticmethod(linear)}))
-    assert choose_products([torch.randn(40, 64)], 512).tile == 384
+    assert choose_products([torch.randn(40, 64)], 512).tiles == {torch.Size((40, 64)): 384}
 
 
 def test_a_place_whose_bits_are_its_own_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +124,7 @@ def test_a_place_whose_bits_are_its_own_is_found(monkeypatch: pytest.MonkeyPatch
         return found
 
     monkeypatch.setattr(products, "F", type("Kernels", (), {"linear": staticmethod(linear)}))
-    assert choose_products([torch.randn(40, 64)], 512) == Products((128, 256, 384, 512), 128)
+    assert choose_products([torch.randn(40, 64)], 512) == Products((128, 256, 384, 512), {torch.Size((40, 64)): 128})
 
 
 def test_settings_of_one_order_are_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:

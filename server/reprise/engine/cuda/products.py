@@ -3,14 +3,14 @@
 A library chooses its kernel by the number of rows, and kernels differ in their order of summation. So a step has one of
 few numbers of rows, its bucket, and before a model is served every bucket's kernel is run over every weight's shape and
 compared bit by bit with that of TILE rows, every place with a row from another one. The smallest buckets that agree are
-used. Where the largest do not, their products are computed in tiles of as many rows as the largest one that does.
+used. A weight for which the largest do not is multiplied in tiles of as many rows as the largest one that does.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any, Self
 
@@ -27,16 +27,18 @@ SMALLEST_BUCKETS = (16, 64, 128)
 
 @dataclass(frozen=True, slots=True)
 class Products:
-    """`buckets`: numbers of rows in ascending order. `tile`: rows that are computed at a time at most; None for all.
+    """`buckets`: numbers of rows in ascending order. `tiles`: by the shape of a weight, rows that are computed with it
+    at a time at most; with one of another shape all are.
 
     A tile is a bucket, and so is what it leaves of one.
     """
 
     buckets: tuple[int, ...]
-    tile: int | None = None
+    tiles: Mapping[torch.Size, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f"buckets from {self.buckets[0]} rows" + (f", tiles of {self.tile}" if self.tile else "")
+        tiles = [f"{rows} for {'x'.join(map(str, shape))}" for shape, rows in self.tiles.items()]
+        return f"buckets from {self.buckets[0]} rows" + (f", tiles of {' and '.join(tiles)}" if tiles else "")
 
     def num_rows(self, needed: int) -> int:
         """The smallest bucket that holds so many rows; 0 for none."""
@@ -44,10 +46,11 @@ class Products:
 
     def __call__(self, rows: Tensor, weight: Tensor) -> Tensor:
         """Of rows [R, inner] times weight [outer, inner]: [R, outer]. R is a bucket."""
-        if self.tile is None or rows.shape[0] <= self.tile:
+        tile = self.tiles.get(weight.shape)
+        if tile is None or rows.shape[0] <= tile:
             return F.linear(rows, weight)
         output = rows.new_empty((rows.shape[0], weight.shape[0]))
-        for part, target in zip(torch.split(rows, self.tile), torch.split(output, self.tile), strict=True):
+        for part, target in zip(torch.split(rows, tile), torch.split(output, tile), strict=True):
             torch.mm(part, weight.T, out=target)
         return output
 
@@ -69,18 +72,24 @@ def without_order(_: Iterable[Tensor], largest: int) -> Products:
 
 @torch.inference_mode()
 def choose_products(weights: Iterable[Tensor], largest: int) -> Products:
-    """Those with the smallest buckets and the largest tiles that give every row its bits.
+    """Those with the smallest buckets, and for each shape the largest tiles, that give every row its bits.
 
     largest: rows of a step at most. Of a weight with many outer rows, buckets whose product would have more than
     MAX_COMPARED elements are not run.
     """
-    shapes = {weight.shape: weight for weight in weights}.values()
     tried = row_buckets(SMALLEST_BUCKETS[0], largest)
-    agree = {bucket: all(_agrees(weight, bucket) for weight in shapes) for bucket in tried}
-    smallest = next((size for size in SMALLEST_BUCKETS if all(map(agree.get, row_buckets(size, TILE)))), TILE)
+    agree = {
+        shape: {bucket: _agrees(weight, bucket) for bucket in tried}
+        for shape, weight in {weight.shape: weight for weight in weights}.items()
+    }
+
+    def agree_all(small: tuple[int, ...]) -> bool:
+        return all(of_shape[bucket] for of_shape in agree.values() for bucket in small)
+
+    smallest = next((size for size in SMALLEST_BUCKETS if agree_all(row_buckets(size, TILE))), TILE)
     buckets = row_buckets(smallest, largest)
-    agreeing = list(takewhile(agree.__getitem__, buckets)) or [TILE]
-    return Products(buckets, None if agreeing[-1] == buckets[-1] else agreeing[-1])
+    found = {shape: max(takewhile(of_shape.__getitem__, buckets), default=TILE) for shape, of_shape in agree.items()}
+    return Products(buckets, {shape: tile for shape, tile in found.items() if tile != buckets[-1]})
 
 
 def _agrees(weight: Tensor, bucket: int) -> bool:

@@ -62,7 +62,11 @@ class DecodeGraph:
                     self._forward()
             torch.cuda.current_stream().wait_stream(capture.stream)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, pool=capture.pool, stream=capture.stream):
+            # A capture that fails leaves its stream the current one.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(self._graph, pool=capture.pool, stream=capture.stream),
+            ):
                 self._logits = self._forward()
 
     def run(self) -> Tensor:
@@ -102,7 +106,7 @@ class CudaRunner:
         largest = decoder.products.num_rows(max_num_seqs)
         buckets = [bucket for bucket in decoder.products.buckets if bucket <= largest]
         capture = None
-        if self._device.type == "cuda":
+        if self._device.type == "cuda" and buckets:
             stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             capture = Capture(torch.cuda.graph_pool_handle(), stream)
         # The largest first: the others find room in its memory.
