@@ -98,13 +98,15 @@ def test_calls_and_refusals_as_templates_know_them() -> None:
         {"role": "assistant", "tool_calls": calls},
         {"role": "tool", "content": "42", "tool_call_id": "1"},
         {"role": "assistant", "content": None, "refusal": "No."},
+        {"role": "assistant", "content": "Yes.", "tool_calls": []},
     ]
-    called, result, refused = [chat.for_template(message) for message in request(messages=messages).messages]
+    called, result, refused, said = [chat.for_template(message) for message in request(messages=messages).messages]
     arguments = [call["function"]["arguments"] for call in called["tool_calls"]]
     assert arguments == [{"a": [1]}, '{"a": ', "[" * 100_000, "[1]"]
     assert "content" not in called
     assert result == {"role": "tool", "content": "42", "tool_call_id": "1"}
     assert refused == {"role": "assistant", "content": "No."}
+    assert said == {"role": "assistant", "content": "Yes."}
 
 
 @pytest.mark.parametrize(

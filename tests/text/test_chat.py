@@ -56,6 +56,35 @@ def test_parts_that_are_no_text_are_refused(directory: Path, part: Any) -> None:
     assert caught.value.param == "messages[1].content[1]"
 
 
+CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+_OF_CALLS = "{% for c in m.tool_calls or [] %}({{ c.function.name }}){% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{% for m in messages %}[{{ m.content.strip() }}" + _OF_CALLS + "]{% endfor %}", "[1+1?][(add)]"),
+        ("{% for m in messages %}[{{ m['content'] + '' }}" + _OF_CALLS + "]{% endfor %}", "[1+1?][(add)]"),
+        (
+            "{% for m in messages %}[{% if 'content' in m %}{{ m.content }}{% else %}" + _OF_CALLS + "{% endif %}]"
+            "{% endfor %}",
+            "[1+1?][(add)]",
+        ),
+        (PLAIN, "[user:1+1?][assistant:]"),
+    ],
+    ids=["text", "string", "absent", "no calls at all"],
+)
+def test_a_message_without_content_is_what_the_template_takes_for_that(
+    directory: Path, template: str, expected: str
+) -> None:
+    tokenizer = load(directory, template)
+    for message in (
+        {"role": "assistant", "tool_calls": [CALL]},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    ):
+        assert render(tokenizer, user("1+1?"), message) == expected
+
+
 def test_developer_is_system_unless_the_template_knows_it(directory: Path) -> None:
     message = {"role": "developer", "content": "x"}
     assert render(load(directory, PLAIN), message) == "[system:x]"

@@ -112,6 +112,9 @@ def for_template(message: Message) -> dict[str, Any]:
     refusal = dumped.pop("refusal", None)
     if refusal is not None:
         dumped.setdefault("content", refusal)
+    if not dumped.get("tool_calls"):
+        # Templates ask whether it is there, and take the message for one of calls.
+        dumped.pop("tool_calls", None)
     for call in dumped.get("tool_calls", []):
         call["function"]["arguments"] = _arguments(call["function"]["arguments"])
     return dumped

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 _PYTHON_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 """What an expression of a template can raise over data that it did not expect."""
+_CALLED = "find_the_content"
 
 
 class ChatTemplate:
@@ -27,9 +29,9 @@ class ChatTemplate:
     def normalize(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Messages as templates expect them.
 
-        Content is a string: text parts are joined without a character between them. The role `developer` is
-        `system` for a template that does not mention it. Raises InvalidRequestError for parts that are no
-        text.
+        Content is a string: text parts are joined without a character between them. Where there is none it is what
+        the template takes for that. The role `developer` is `system` for a template that does not mention it. Raises
+        InvalidRequestError for parts that are no text.
         """
         if not messages:
             raise InvalidRequestError("messages must hold at least one message.", param="messages")
@@ -77,11 +79,37 @@ class ChatTemplate:
             ) from error
         return str(rendered)
 
+    @cached_property
+    def _no_content(self) -> dict[str, Any]:
+        """What a message that calls tools and says nothing has of `content`, so that the calls are written.
+
+        None at all, as transformers has it, or an empty text for templates that take it for granted.
+        """
+        call = {"id": "a1b2c3d4e", "type": "function", "function": {"name": _CALLED, "arguments": {"a": "b"}}}
+        rendered: list[dict[str, Any]] = []
+        forms: tuple[dict[str, Any], ...] = ({}, {"content": ""})
+        for form in forms:
+            messages = [{"role": "user", "content": "x"}, {"role": "assistant", **form, "tool_calls": [call]}]
+            try:
+                text = self.render(
+                    messages, add_generation_prompt=False, continue_final_message=False, template_kwargs={}
+                )
+            except InvalidRequestError:
+                continue
+            if _CALLED in text:
+                return form
+            rendered.append(form)
+        return rendered[0] if rendered else {}
+
     def _normalize_one(self, index: int, message: Mapping[str, Any]) -> dict[str, Any]:
         normalized = dict(message)
         if normalized.get("role") == "developer" and not self._knows_developer:
             normalized["role"] = "system"
-        content = normalized.get("content")
+        content = normalized.pop("content", None)
+        if content is None:
+            normalized |= self._no_content
+        else:
+            normalized["content"] = content
         if isinstance(content, list | tuple):
             normalized["content"] = "".join(_part_text(index, n, part) for n, part in enumerate(content))
         return normalized

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
 _START, _END = "\ufdd0", "\ufdd1"  # noncharacters: Unicode reserves them for use inside a program
+_ESCAPED = re.compile(r"(?<!\\)\\{1,16}ufdd0((?:(?!\\{1,16}ufdd).){1,256}?)\\{1,16}ufdd1", re.DOTALL)
+"""The same as Python and JSON write them, around something."""
 
 Span = tuple[int, int]
 
@@ -60,7 +62,7 @@ class ControlTokens:
         `encode` is the tokenizer's own, for a chat without them. Raises InvalidRequestError where the tokenizer
         cannot tell control tokens from text that spells them.
         """
-        text, spans = _unmark(marked, self._is_token)
+        text, spans = _unmark(self._with_marks(marked), self._is_token)
         if not spans:
             return encode(text)
         if self._backend is None:
@@ -84,6 +86,20 @@ class ControlTokens:
             else:
                 ids.append(token_id)
         return ids
+
+    def _with_marks(self, rendered: str) -> str:
+        """The marks again where a template wrote out a list or mapping, in whose spelling they are escaped.
+
+        Nobody else has them around a control token: one that was in a message has marks of its own.
+        """
+        if "ufdd0" not in rendered:
+            return rendered
+
+        def restored(found: re.Match[str]) -> str:
+            text = found[1]
+            return f"{_START}{text}{_END}" if self._find(text) == [(0, len(text))] else found[0]
+
+        return _ESCAPED.sub(restored, rendered)
 
     def _mark_text(self, text: str) -> str:
         pieces = []
