@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import httpx
@@ -187,6 +187,42 @@ def test_a_refusal_is_raised(delays: list[float]) -> None:
         text_of(client)
     assert (caught.value.status, caught.value.code) == (409, "cannot_resume")
     assert (len(seen), delays) == (2, [0.0])
+
+
+class BreaksAtTheEnd(httpx.SyncByteStream, httpx.AsyncByteStream):
+    """An answer that is complete, over a connection that is not ended as HTTP has it."""
+
+    data = (event("a", "1") + DONE).encode()
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield self.data
+        raise httpx.RemoteProtocolError("incomplete chunked read")
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield self.data
+        raise httpx.RemoteProtocolError("incomplete chunked read")
+
+
+def test_a_stream_that_is_complete_is_not_resumed() -> None:
+    client, seen = scripted(httpx.Response(200, stream=BreaksAtTheEnd()))
+    assert text_of(client) == "a"
+    assert len(seen) == 1
+
+
+def test_the_same_awaited_is_not_resumed() -> None:
+    seen: list[httpx.Request] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        return httpx.Response(200, stream=BreaksAtTheEnd())
+
+    async def read() -> str:
+        client = AsyncClient(model="m", transport=httpx.MockTransport(handler))
+        async with client, await client.stream_chat("Hi") as stream:
+            return "".join([chunk.text async for chunk in stream])
+
+    assert asyncio.run(read()) == "a"
+    assert len(seen) == 1
 
 
 def test_the_server_says_how_long_to_wait() -> None:

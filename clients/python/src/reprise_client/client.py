@@ -77,6 +77,8 @@ class Stream:
                     decoder.end()
                     return
                 except ClientError as error:
+                    if decoder.done:
+                        return
                     delay = resumption.delay(error)
                     if delay is None or self._closed:
                         raise

@@ -69,6 +69,8 @@ class AsyncStream:
                     decoder.end()
                     return
                 except ClientError as error:
+                    if decoder.done:
+                        return
                     delay = resumption.delay(error)
                     if delay is None or self._closed:
                         raise
