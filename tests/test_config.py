@@ -204,6 +204,16 @@ def test_keys_are_joined_with_those_of_the_file_and_never_shown(tmp_path: Path) 
     assert "sk-" not in settings.model_dump_json()
 
 
+@pytest.mark.parametrize("blank", [" ", "\n", ",", " , "])
+def test_a_variable_for_keys_without_one_is_no_server_without_keys(blank: str, tmp_path: Path) -> None:
+    """As of a secret that is empty, or wrongly joined; it would hide the file's."""
+    file = write(tmp_path, "api_key: [sk-file]\n")
+    found = problems(environ={"REPRISE_API_KEY": blank}, file=file)
+    assert found == ["REPRISE_API_KEY has no item: leave it empty or unset, or give one"]
+    settings = load_settings({}, {"REPRISE_API_KEY": ""}, file)
+    assert [key.get_secret_value() for key in settings.api_key] == ["sk-file"]
+
+
 def test_a_wrong_key_is_refused_without_showing_it(tmp_path: Path) -> None:
     file = write(tmp_path, "api_key: [{secret: sk-1}]\n")
     assert problems(file=file) == [f"{file}:1: api_key: the value is not a key, or a list of keys"]

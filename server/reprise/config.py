@@ -59,6 +59,11 @@ def resolve_settings(
     flag_values = {flag_name(name): Sourced(value, flag_name(name)) for name, value in flags.items()}
     given |= _known(flag_values, {flag_name(name): name for name in Settings.model_fields}, problems)
     values = {name: _normalised(name, sourced) for name, sourced in given.items()}
+    problems += [
+        f"{sourced.source} has no item: leave it empty or unset, or give one"
+        for name, sourced in given.items()
+        if sourced.source == environment_name(name) and values[name] == []
+    ]
     chat_template = _read_file_setting("chat_template", values, given, problems)
     _add_keys(values, given, problems)
     _check_bundled_name(given, problems)

@@ -63,6 +63,10 @@ async def test_two_names(server: Loopback) -> None:
         ("example.org", [], None),
         ("127.0.0.2", [], {"127.0.0.2", *LOOPBACK_NAMES}),
         ("::1", [], {*LOOPBACK_NAMES}),
+        ("LOCALHOST", [], {*LOOPBACK_NAMES}),
+        ("127.1", [], {"127.1", *LOOPBACK_NAMES}),
+        ("::ffff:127.0.0.1", [], {"[::ffff:127.0.0.1]", *LOOPBACK_NAMES}),
+        ("nobody.invalid", [], None),
         ("0.0.0.0", ["Example.org:80", "::1"], {"example.org", "0.0.0.0", *LOOPBACK_NAMES}),  # noqa: S104 - as above
         ("127.0.0.1", ["a", "*"], None),
     ],

@@ -32,6 +32,15 @@ def error_of(answer: bytes) -> tuple[int, str]:
     return int(head.split()[1]), json.loads(body)["error"]["code"]
 
 
+async def test_deadlines_hold_where_a_client_has_a_month_to_read(start: Start) -> None:
+    """More milliseconds than the kernel takes."""
+    async with start(send_timeout=30 * 86_400, header_timeout=0.3) as server:
+        assert (await server.get("/health")).status_code == 200
+        reader, writer = await server.connect()
+        assert await asyncio.wait_for(reader.read(), 5) == b""
+        writer.close()
+
+
 async def test_a_silent_connection_is_closed(start: Start) -> None:
     async with start(header_timeout=0.2) as server:
         began = time.monotonic()

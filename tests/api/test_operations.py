@@ -8,6 +8,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from reprise.api.operations import SILENT_SECONDS, STALE_SECONDS, readiness
+from reprise.errors import GenerationError
 from reprise.generation.interface import EngineState
 from reprise.ipc.messages import EngineStats, LoadProgress
 from support.loopback import Loopback, Start
@@ -169,6 +170,14 @@ async def test_metrics(server: Loopback, engine: ScriptedEngine) -> None:
     assert single["reprise_e2e_request_latency_seconds_count"] == 2
     assert single["reprise_inter_token_latency_seconds_count"] > 3
     assert found["reprise_engine_state"][(("state", "ready"),)] == 1
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_what_fails_has_no_latency(server: Loopback, engine: ScriptedEngine, stream: bool) -> None:
+    engine.enqueue([GenerationError("it broke", code="internal_error")])
+    await server.post("/v1/completions", {"prompt": "a", "stream": stream})
+    counts = samples((await server.get("/metrics")).text)["reprise_e2e_request_latency_seconds_count"]
+    assert counts[()] == 0
 
 
 async def test_metrics_can_be_switched_off(start: Start) -> None:

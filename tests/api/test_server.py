@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -17,7 +18,7 @@ import httpx
 import pytest
 
 from benchmarks.local_server import free_port
-from reprise.api.server import bind, count_requests
+from reprise.api.server import FAREWELL_SECONDS, bind, count_requests
 from reprise.errors import ConfigError
 from reprise.settings import Settings
 from support.loopback import Loopback, Start, events, eventually
@@ -152,6 +153,47 @@ async def test_whole_answers_are_waited_for_too(start: Start, engine: ScriptedEn
     assert server.exit_code == 1
 
 
+async def test_a_whole_answer_that_is_being_read_is_waited_for(start: Start) -> None:
+    """A client that reads slowly: what it has not taken is no more lost than what is not computed."""
+    async with start() as server:
+        tokens = json.dumps({"prompt": "a b " * 200_000}).encode()
+        reader, writer = await server.connect()
+        head = f"POST /tokenize HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(tokens)}"
+        writer.write(head.replace("Host: a", "Host: localhost").encode() + b"\r\n\r\n" + tokens)
+        await reader.readuntil(b"\r\n\r\n")
+        transport: Any = writer.transport
+        transport.pause_reading()
+        await asyncio.sleep(0.3)
+        server.server.request_shutdown()
+        await asyncio.sleep(FAREWELL_SECONDS + 1)
+        transport.resume_reading()
+        answer = await asyncio.wait_for(reader.read(), 10)
+        assert json.loads(answer)["count"] > 400_000
+        writer.close()
+    assert server.exit_code == 0
+
+
+async def test_a_refusal_while_draining_is_read_by_who_still_sends(start: Start, engine: ScriptedEngine) -> None:
+    """The connection is to close. With bytes of the body unread it would be reset, and the answer lost with it."""
+    async with start() as server:
+        engine.enqueue(None)
+        waiting = asyncio.create_task(server.post("/v1/chat/completions", {**chat("hello"), "stream": False}))
+        await eventually(lambda: engine.streams)
+        reader, writer = await server.connect()
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
+        server.server.request_shutdown()
+        await eventually(lambda: server.app.state.service.draining)
+        writer.write(f"{head}\r\nContent-Length: 200000\r\n\r\n".encode())
+        await reader.readuntil(b"\r\n\r\n")
+        for _ in range(10):
+            writer.write(b" " * 20_000)
+            await writer.drain()
+            await asyncio.sleep(0.01)
+        assert b"service_unavailable" in await reader.read()
+        writer.close()
+        waiting.cancel()
+
+
 async def test_a_server_that_did_nothing_ends_well(server: Loopback) -> None:
     server.server.request_shutdown()
     await eventually(lambda: server.app.state.service.draining)
@@ -165,6 +207,23 @@ def test_a_taken_port_is_a_setting_to_change() -> None:
     assert str(caught.value) == (
         f"cannot listen on 127.0.0.1 port {port}: Address already in use; choose another --port or --host"
     )
+
+
+def test_an_address_that_this_machine_has_not_is_left_out_beside_one_that_it_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As `localhost` names one of IPv6 where that is switched off."""
+
+    def found(*addresses: str) -> list[Any]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (address, 0)) for address in addresses]
+
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found("192.0.2.1", "127.0.0.1"))
+    (listener,) = bind(Settings())
+    assert listener.getsockname()[0] == "127.0.0.1"
+    listener.close()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found("192.0.2.1"))
+    with pytest.raises(ConfigError, match="Cannot assign requested address"):
+        bind(Settings())
 
 
 def test_a_host_that_does_not_exist_is_a_setting_to_change() -> None:

@@ -73,6 +73,17 @@ async def test_a_long_text_is_refused(server: Loopback) -> None:
     assert (error["code"], error["param"]) == ("too_many_tokens", "tokens")
 
 
+async def test_bodies_that_come_slowly_take_no_places(server: Loopback) -> None:
+    head = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+    writers = [(await server.connect())[1] for _ in range(MAX_TOKEN_REQUESTS)]
+    for writer in writers:
+        writer.write(head)
+    await asyncio.sleep(0.2)
+    assert (await server.post("/tokenize", {"prompt": "a"})).status_code == 200
+    for writer in writers:
+        writer.close()
+
+
 async def test_too_many_of_them_are_refused_and_hold_up_no_chat(server: Loopback) -> None:
     service = server.app.state.service
     hold = threading.Event()

@@ -7,8 +7,9 @@ site (DNS rebinding). The `Host` header still says the page's name.
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Iterable
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -22,12 +23,17 @@ _PORT = re.compile(r":[0-9]{0,5}$")
 def hosts_allowed(host: str, configured: Iterable[str]) -> frozenset[str] | None:
     """The names that a server bound to this address answers to; None for any.
 
-    Loopback names are always among them: a page cannot have them, and what watches over a container uses them.
+    Loopback names are always among them: a page cannot have them, and what watches over a container uses them. What
+    a name stands for is looked up, as for listening.
     """
     names = list(configured)
-    if ANY in names or not (names or _is_loopback(host)):
+    if ANY in names:
         return None
-    return frozenset(map(_name, (*LOOPBACK_NAMES, host, *names)))
+    addresses = _addresses(host)
+    on_loopback = bool(addresses) and all(map(_is_loopback, addresses))
+    if not names and not on_loopback:
+        return None
+    return frozenset(map(_name, (*LOOPBACK_NAMES, host, *(addresses if on_loopback else ()), *names)))
 
 
 class AllowHosts:
@@ -69,5 +75,17 @@ def _is_address(host: str) -> bool:
     return True
 
 
-def _is_loopback(host: str) -> bool:
-    return host == "localhost" or (_is_address(host) and ip_address(host).is_loopback)
+def _addresses(host: str) -> list[str]:
+    """What a host is listened at; nothing where it cannot be."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError:
+        return []
+    return [str(address[0]) for *_, address in found]
+
+
+def _is_loopback(address: str) -> bool:
+    found: IPv4Address | IPv6Address = ip_address(address)
+    if isinstance(found, IPv6Address) and found.ipv4_mapped is not None:
+        found = found.ipv4_mapped
+    return found.is_loopback

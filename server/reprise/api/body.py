@@ -9,12 +9,15 @@ import msgspec
 from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from reprise.api.errors import HttpError
 from reprise.api.text_threads import TextThreads
 from reprise.api.validation import parse
 
 RequestModel = TypeVar("RequestModel", bound=BaseModel)
+SLICE = 64 * 1024
+"""Bytes of an answer that are sent at a time: as much as a connection keeps for a client that does not read."""
 
 _SMALL_BODY = 16 * 1024
 """Bytes that are parsed in a few hundred microseconds: a thread would cost more than it saves."""
@@ -41,4 +44,21 @@ async def read_request(request: Request, model: type[RequestModel], threads: Tex
 
 
 def json_response(content: msgspec.Struct, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(msgspec.json.encode(content), status, headers, media_type="application/json")
+    return SlicedResponse(msgspec.json.encode(content), status, headers, media_type="application/json")
+
+
+class SlicedResponse(Response):
+    """A whole body that is handed on as its client takes it.
+
+    In one piece it would all wait at the connection, after the request is over, and a shutdown would cut it off.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if len(self.body) <= SLICE:
+            await super().__call__(scope, receive, send)
+            return
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        body = memoryview(self.body)
+        for start in range(0, len(body), SLICE):
+            end = start + SLICE
+            await send({"type": "http.response.body", "body": bytes(body[start:end]), "more_body": end < len(body)})

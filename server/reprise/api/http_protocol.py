@@ -40,6 +40,7 @@ from reprise.settings import Settings
 if TYPE_CHECKING:
     from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallable, Scope
 
+_MOST_MILLISECONDS = 2**31 - 1  # that the kernel takes
 MAX_HEAD_BYTES = 64 * 1024
 MAX_QUEUED_REQUESTS = 16
 """Of one connection, behind the one that is answered."""
@@ -342,7 +343,7 @@ def _tune(transport: asyncio.Transport, send_timeout: float) -> None:
     with contextlib.suppress(OSError):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if (option := getattr(socket, "TCP_USER_TIMEOUT", None)) is not None:
-            connection.setsockopt(socket.IPPROTO_TCP, option, round(send_timeout * 1000))
+            connection.setsockopt(socket.IPPROTO_TCP, option, min(round(send_timeout * 1000), _MOST_MILLISECONDS))
 
 
 def _unsent_bytes(transport: asyncio.Transport) -> int:

@@ -93,10 +93,11 @@ class _Answer:
 async def _reply(error: Exception, request_id: str, scope: Scope, receive: Receive, send: Send) -> None:
     reply = to_reply(error, request_id=request_id)
     response = reply.response()
-    if reply.status != 413:
+    closes = response.headers.get("connection") == "close"
+    if reply.status != 413 and not closes:
         await response(scope, receive, send)
         return
-    await send({"type": "http.response.start", "status": 413, "headers": response.raw_headers})
+    await send({"type": "http.response.start", "status": reply.status, "headers": response.raw_headers})
     await send({"type": "http.response.body", "body": response.body, "more_body": True})
     await discard_body(receive)
     await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -209,12 +209,12 @@ async def _events(
                 yield events
         if events := writer.write(chunks.end()):
             yield events
+        if times is not None:
+            times.end()
     except Exception as error:  # noqa: BLE001 - a stream has no other way to tell of an error
         yield sse.encode(ErrorResponse(to_error(error)))
     finally:
         leave()
-    if times is not None:
-        times.end()
     yield sse.DONE
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import logging
 import math
@@ -30,26 +31,37 @@ FAREWELL_SECONDS = 5
 LAST_WORD_SECONDS = 0.1
 """The same after a second signal."""
 _BACKLOG = 2048
+_NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 logger = logging.getLogger(__name__)
 
 
 def bind(settings: Settings) -> list[socket.socket]:
-    """Listening sockets at all addresses of the settings' host.
+    """Listening sockets at all addresses of the settings' host that this machine has.
 
     Raises ConfigError where they cannot be had.
     """
     host, port = settings.host, settings.port
-    listeners = []
+    listeners: list[socket.socket] = []
+    missing: OSError | None = None
     try:
         for family, _, _, _, address in socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         ):
             # Of `::` alone: a socket for all of IPv6 takes IPv4 as well, unless it is told not to.
             both = address[0] == "::" and socket.has_dualstack_ipv6()
-            listener = socket.create_server(address[:2], family=family, backlog=_BACKLOG, dualstack_ipv6=both)
+            try:
+                listener = socket.create_server(address[:2], family=family, backlog=_BACKLOG, dualstack_ipv6=both)
+            except OSError as error:
+                if error.errno not in _NOT_HERE:
+                    raise
+                # `localhost` may name an address of IPv6 on a machine without.
+                missing = error
+                continue
             listener.setblocking(False)  # noqa: FBT003 - the standard library names no argument
             listeners.append(listener)
+        if missing is not None and not listeners:
+            raise missing
     except OSError as error:
         for listener in listeners:
             listener.close()

@@ -30,15 +30,19 @@ class TextThreads:
     @contextmanager
     def admitted(self) -> Iterator[None]:
         """A request's place, until the block ends. Raises OverloadedError where there is none."""
-        if self._limit is not None and self.num_admitted >= self._limit:
-            raise OverloadedError(
-                f"The server is at its limit of {self._limit} requests for tokens of texts. Try again later."
-            )
+        self.check_room()
         self.num_admitted += 1
         try:
             yield
         finally:
             self.num_admitted -= 1
+
+    def check_room(self) -> None:
+        """Raises OverloadedError where there is no place."""
+        if self._limit is not None and self.num_admitted >= self._limit:
+            raise OverloadedError(
+                f"The server is at its limit of {self._limit} requests for tokens of texts. Try again later."
+            )
 
     async def run(
         self, function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs

@@ -6,7 +6,7 @@ import msgspec
 from fastapi import Request, Response
 from msgspec import UNSET
 
-from reprise.api.body import read_request
+from reprise.api.body import SlicedResponse, read_request
 from reprise.api.chat import check_template_parameters, encode_messages, num_bytes
 from reprise.api.sampling import check_token_ids
 from reprise.api.service import Service
@@ -32,6 +32,8 @@ async def tokenize(request: Request) -> Response:
     Raises OverloadedError where too many such requests are here.
     """
     service: Service = request.app.state.service
+    service.token_threads.check_room()
+    await request.body()  # before it has a place: it may come slowly
     with service.token_threads.admitted():
         body = await read_request(request, TokenizeRequest, service.token_threads)
         service.model_name(body.model)
@@ -46,7 +48,7 @@ async def tokenize(request: Request) -> Response:
             max_bytes=MAX_BYTES_PER_TOKEN * max_tokens(service),
             max_model_len=None if info is None else info.max_model_len,
         )
-    return Response(content, media_type="application/json")
+    return SlicedResponse(content, media_type="application/json")
 
 
 def to_tokenization(body: TokenizeRequest, tokenizer: Tokenizer, *, max_bytes: int, max_model_len: int | None) -> bytes:
@@ -82,6 +84,8 @@ def to_token_ids(body: TokenizeRequest, tokenizer: Tokenizer) -> list[int]:
 async def detokenize(request: Request) -> Response:
     """The text that ids spell. Raises OverloadedError where too many such requests are here."""
     service: Service = request.app.state.service
+    service.token_threads.check_room()
+    await request.body()  # before it has a place: it may come slowly
     with service.token_threads.admitted():
         body = await read_request(request, DetokenizeRequest, service.token_threads)
         service.model_name(body.model)
@@ -93,7 +97,7 @@ async def detokenize(request: Request) -> Response:
                 code="too_many_tokens",
             )
         content = await service.token_threads.run(to_detokenization, body, service.tokenizer)
-    return Response(content, media_type="application/json")
+    return SlicedResponse(content, media_type="application/json")
 
 
 def to_detokenization(body: DetokenizeRequest, tokenizer: Tokenizer) -> bytes:
