@@ -208,6 +208,13 @@ def test_bad_words_need_an_exact_vocabulary(served: Served, monkeypatch: pytest.
     assert (raised.value.param, raised.value.code) == ("bad_words", "unsupported_parameter")
 
 
+def test_bad_words_know_nothing_of_special_tokens_in_the_text(served: Served) -> None:
+    assert resolve(served, bad_words=["x"], skip_special_tokens=True).bad_words == (b"x",)
+    with pytest.raises(InvalidRequestError) as raised:
+        resolve(served, bad_words=["<|im_end|>"], skip_special_tokens=False)
+    assert (raised.value.param, raised.value.code) == ("bad_words", "conflicting_parameters")
+
+
 def test_a_bad_word_may_be_a_space(served: Served) -> None:
     assert resolve(served, bad_words=[" ", "  a", "a"]).bad_words == (b" ", b"a")
 

@@ -111,6 +111,21 @@ def test_a_prompt_that_is_scored_is_cut_to_few_rows_of_logits() -> None:
     assert sizes == [{0: 256, 1: 700}, {1: 1, 0: 256}, {1: 1, 0: 88, 2: 168}, {0: 1, 1: 1, 2: 132}, {0: 1, 1: 1, 2: 1}]
 
 
+def test_prompts_that_are_scored_leave_the_rest_of_the_budget_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reprise.engine.scheduler.MAX_SCORED_ROWS", 8)
+    scheduler = make_scheduler(64, max_num_batched_tokens=32)
+    sampling = SamplingParams(seed=0, max_tokens=8, num_prompt_logprobs=1)
+    for sequence_id in (0, 1, 2):
+        scheduler.add(Sequence(sequence_id, choice_index=0, prompt_token_ids=[5] * 12, sampling=sampling))
+    scheduler.add(make_sequence(3, 20))
+    sizes = []
+    for _ in range(4):
+        batch = scheduler.schedule()
+        sizes.append({s.sequence.sequence_id: s.num_tokens for s in batch})
+        complete(scheduler, batch)
+    assert sizes == [{0: 8, 3: 20}, {0: 4, 1: 4, 3: 1}, {0: 1, 1: 8, 3: 1}, {0: 1, 1: 1, 2: 8, 3: 1}]
+
+
 def test_a_long_prompt_is_cut_to_the_budget_and_decoding_goes_on_beside_it() -> None:
     scheduler = make_scheduler(num_blocks=64)
     short, long = make_sequence(1, 3), make_sequence(2, 40)

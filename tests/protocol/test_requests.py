@@ -201,7 +201,8 @@ def test_messages(message: dict[str, Any]) -> None:
         ("response_format", [{"type": "text"}], {"type": "json_object"}),
         ("modalities", [["text"], []], ["text", "audio"]),
         ("audio", [None], {"voice": "x", "format": "mp3"}),
-        ("web_search_options", [{}], {"search_context_size": "low"}),
+        ("web_search_options", [None], {"search_context_size": "low"}),
+        ("web_search_options", [None], {}),
         ("moderation", [None, {}], {"model": "m"}),
     ],
 )

@@ -34,7 +34,7 @@ class Admission:
     A ticket is taken before any rendering or tokenising is done for a request. `limit` sequences may run or wait; as
     many again may have ended and be read to their end by slow clients, and only what is beyond that takes places of
     others. So there are never more than twice `limit`, which bounds what is held for those that have a ticket: a whole
-    answer gives its own back before its last byte is sent.
+    answer too, until what is left of it fits its connection.
     """
 
     def __init__(self, *, max_num_seqs: int, max_waiting_seqs: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -202,7 +202,7 @@ def resolve_sampling(
         frequency_penalty=request.frequency_penalty or 0.0,
         logit_bias=_logit_bias(request.logit_bias or {}, served),
         allowed_token_ids=_token_ids(request.allowed_token_ids, served, "allowed_token_ids"),
-        bad_words=_bad_words(request.bad_words or [], served),
+        bad_words=_bad_words(request, served),
         end_token_ids=() if request.ignore_eos else served.end_token_ids,
         stop_token_ids=_token_ids(request.stop_token_ids, served, "stop_token_ids") or (),
         num_logprobs=num_logprobs,
@@ -291,11 +291,18 @@ def _logit_bias(biases: Mapping[str, float], served: Served) -> dict[int, float]
     return {int(token_id): bias for token_id, bias in biases.items()}
 
 
-def _bad_words(words: Iterable[str], served: Served) -> tuple[bytes, ...]:
+def _bad_words(request: GenerationParameters, served: Served) -> tuple[bytes, ...]:
     """The bytes that the text must not contain.
 
     A leading space is dropped: the word goes with it or without it.
     """
+    words = request.bad_words or []
+    if words and request.skip_special_tokens is False:
+        raise InvalidRequestError(
+            "'bad_words' is for texts without special tokens: leave 'skip_special_tokens' out, or set it to true.",
+            param="bad_words",
+            code=CONFLICT,
+        )
     if words and not served.tokenizer.vocabulary.exact:
         raise InvalidRequestError(
             "'bad_words' is not supported by this model: its tokenizer does not tell what each token spells.",

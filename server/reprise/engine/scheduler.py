@@ -20,6 +20,7 @@ import bisect
 import dataclasses
 from collections import OrderedDict, deque
 from dataclasses import dataclass
+from itertools import chain, islice
 
 from reprise.engine.block_pool import BlockPool
 from reprise.engine.drafter import Drafter
@@ -167,7 +168,7 @@ class Scheduler:
                 self._continue(sequence, plan)
         admitting = True
         while admitting or passes:
-            candidate = self._next_waiting() if admitting else None
+            candidate = self._next_waiting(plan) if admitting else None
             if candidate is not None and not (passes and passes[0].turn < candidate.turn):
                 admitting = self._admit(candidate, plan)
             elif passes:
@@ -243,10 +244,11 @@ class Scheduler:
         assert all(s.status is SequenceStatus.RUNNING for s in self._running)
         assert all(not s.block_ids and s.num_computed_tokens == 0 for s in self._preempted)
 
-    def _next_waiting(self) -> Sequence | None:
-        if self._preempted:
-            return self._preempted[0]
-        return next(iter(self._waiting.values()), None)
+    def _next_waiting(self, plan: _Plan) -> Sequence | None:
+        """The first that could be admitted: prompts that are scored leave the others what they may not use."""
+        first = islice(chain(self._preempted, self._waiting.values()), self._limits.max_num_seqs)
+        scores = not self._limits.chunked or plan.num_scored_rows < MAX_SCORED_ROWS
+        return next((sequence for sequence in first if scores or not sequence.scores_prompt), None)
 
     def _chunk(self, sequence: Sequence, num_tokens: int, plan: _Plan) -> int:
         """How much of a pass of `num_tokens` fits what is left of the budget; 0 where it has to wait."""
@@ -258,13 +260,13 @@ class Scheduler:
         return min(num_tokens, plan.budget, sequence.max_chunk or num_tokens, most)
 
     def _continue(self, sequence: Sequence, plan: _Plan) -> bool:
-        """Schedule more of a running sequence. False: the budget is spent."""
+        """Schedule more of a running sequence, if its prompt may be scored further. False: the budget is spent."""
         if sequence.status is not SequenceStatus.RUNNING or sequence in plan:
             # It gave up its place in this step, and may have been given one again.
             return True
         num_tokens = self._chunk(sequence, sequence.num_uncomputed_tokens, plan)
         if num_tokens == 0:
-            return False
+            return self._limits.chunked and plan.budget > 0
         if self._make_room(sequence, sequence.num_computed_tokens + num_tokens, plan):
             self._schedule(sequence, num_tokens, plan)
         return True

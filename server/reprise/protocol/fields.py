@@ -150,12 +150,12 @@ JsonObject = Annotated[
 """Plain JSON with a bound on members, values and depth."""
 
 
-def neutral_only(*neutral: object) -> BeforeValidator:
-    """Accept null, the empty list or object and these values, all meaning null; refuse the rest by name."""
+def neutral_only(*neutral: object, empty: bool = True) -> BeforeValidator:
+    """Accept null, these values, and with `empty` the empty list or object, all meaning null; refuse the rest."""
 
     def check(value: object) -> None:
         # `1 == True` in Python: compare the types as well.
-        if value is None or value == [] or value == {}:
+        if value is None or (empty and value in ([], {})):
             return
         if any(type(value) is type(item) and value == item for item in neutral):
             return

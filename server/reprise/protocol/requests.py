@@ -58,7 +58,7 @@ class ChatCompletionRequest(GenerationParameters, ChatTemplateParameters):
     response_format: Annotated[None, neutral_only({"type": "text"})] = None
     tool_choice: Annotated[None, neutral_only("none", "auto")] = None
     tools: Unsupported = None
-    web_search_options: Unsupported = None
+    web_search_options: Annotated[None, neutral_only(empty=False)] = None  # an empty one asks for a search
 
 
 def _prompt_kind(value: Any) -> str:
