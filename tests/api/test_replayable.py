@@ -32,7 +32,7 @@ EVERYTHING: dict[str, Any] = {
     "typical_p": 0.95, "repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": -0.5,
     "logit_bias": {"40": -1.5}, "allowed_token_ids": [40, 41, 42, 43], "bad_words": [" é", "x"], "stop_token_ids": [43],
     "ignore_eos": True, "use_cache": False, "stop": ["a", "b"], "include_stop_str_in_output": True,
-    "skip_special_tokens": False, "n": 3,
+    "n": 3,
 }  # fmt: skip
 MESSAGES = {"messages": [{"role": "user", "content": "Hello"}]}
 
@@ -63,6 +63,7 @@ def of_completion(served: Served, **body: Any) -> list[GenerationRequest]:
     [
         {},
         EVERYTHING,
+        {"skip_special_tokens": False},
         {"prompt": ["a", "b"], "n": 2},
         {"prompt": [5, 6]},
         {"prompt": ""},
@@ -79,7 +80,16 @@ def test_what_a_completion_asks_for_can_be_asked_again(served: Served, body: dic
 
 
 @pytest.mark.parametrize(
-    "body", [{}, EVERYTHING, {"logprobs": True, "top_logprobs": 20}, {"logprobs": True}, {"max_tokens": 3}], ids=str
+    "body",
+    [
+        {},
+        EVERYTHING,
+        {"skip_special_tokens": False},
+        {"logprobs": True, "top_logprobs": 20},
+        {"logprobs": True},
+        {"max_tokens": 3},
+    ],
+    ids=str,
 )
 def test_what_a_chat_asks_for_can_be_asked_again(served: Served, body: dict[str, Any]) -> None:
     request = parse(ChatCompletionRequest, msgspec.json.encode(MESSAGES | body))

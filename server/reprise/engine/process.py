@@ -154,8 +154,11 @@ def _loop(
         unchecked = has_work or (unchecked and not at_rest)
         was_busy = has_work
         if has_work:
+            if outputs:
+                # The step may be this process's last, and who is out of it already has no part in that.
+                connection.send(StepOutput(outputs, core.stats(step_seconds)))
             started = time.monotonic()
-            outputs += core.step()
+            outputs = core.step()
             step_seconds += time.monotonic() - started
         connection.send(StepOutput(outputs, core.stats(step_seconds)))
         said_so_at = time.monotonic()
