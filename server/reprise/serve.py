@@ -128,7 +128,7 @@ async def _serve(
     engine = AsyncEngine(
         settings.engine_config(), tokenizer, on_progress=display.show, limits=limits, entry=engine_entry
     )
-    app = create_app(settings, tokenizer, engine)
+    app = create_app(settings, tokenizer, engine, [str(listener.getsockname()[0]) for listener in listeners])
 
     def on_ready() -> None:
         display.close()

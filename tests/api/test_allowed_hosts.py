@@ -55,21 +55,25 @@ async def test_two_names(server: Loopback) -> None:
 
 
 @pytest.mark.parametrize(
-    ("host", "configured", "allowed"),
+    ("host", "configured", "addresses", "allowed"),
     [
-        ("0.0.0.0", [], None),  # noqa: S104 - nothing is bound
-        ("::", [], None),
-        ("192.0.2.7", [], None),
-        ("example.org", [], None),
-        ("127.0.0.2", [], {"127.0.0.2", *LOOPBACK_NAMES}),
-        ("::1", [], {*LOOPBACK_NAMES}),
-        ("LOCALHOST", [], {*LOOPBACK_NAMES}),
-        ("127.1", [], {"127.1", *LOOPBACK_NAMES}),
-        ("::ffff:127.0.0.1", [], {"[::ffff:127.0.0.1]", *LOOPBACK_NAMES}),
-        ("nobody.invalid", [], None),
-        ("0.0.0.0", ["Example.org:80", "::1"], {"example.org", "0.0.0.0", *LOOPBACK_NAMES}),  # noqa: S104 - as above
-        ("127.0.0.1", ["a", "*"], None),
+        ("0.0.0.0", [], ["0.0.0.0"], None),  # noqa: S104 - nothing is bound
+        ("::", [], ["::"], None),
+        ("192.0.2.7", [], ["192.0.2.7"], None),
+        ("fe80::1%eth0", [], ["fe80::1%eth0"], None),
+        ("example.org", [], ["192.0.2.7"], None),
+        ("example.org", [], ["127.0.0.1", "192.0.2.7"], None),
+        ("127.0.0.2", [], ["127.0.0.2"], {"127.0.0.2", *LOOPBACK_NAMES}),
+        ("::1", [], ["::1"], {*LOOPBACK_NAMES}),
+        ("LocalHost.", [], ["127.0.0.1", "::1"], {*LOOPBACK_NAMES}),
+        ("127.1", [], ["127.0.0.1"], {"127.1", *LOOPBACK_NAMES}),
+        ("my-machine", [], ["127.0.1.1"], {"my-machine", "127.0.1.1", *LOOPBACK_NAMES}),
+        ("::ffff:127.0.0.1", [], ["::ffff:127.0.0.1"], {"[::ffff:127.0.0.1]", *LOOPBACK_NAMES}),
+        ("0.0.0.0", ["Example.org:80", "::1"], ["0.0.0.0"], {"example.org", "0.0.0.0", *LOOPBACK_NAMES}),  # noqa: S104 - as above
+        ("127.0.0.1", ["a", "*"], ["127.0.0.1"], None),
     ],
 )
-async def test_what_is_allowed(host: str, configured: list[str], allowed: set[str] | None) -> None:
-    assert hosts_allowed(host, configured) == allowed
+async def test_what_is_allowed(
+    host: str, configured: list[str], addresses: list[str], allowed: set[str] | None
+) -> None:
+    assert hosts_allowed(host, configured, addresses) == allowed

@@ -18,9 +18,10 @@ import httpx
 import pytest
 
 from benchmarks.local_server import free_port
-from reprise.api.server import FAREWELL_SECONDS, bind, count_requests
+from reprise.api.server import bind, count_requests
 from reprise.errors import ConfigError
 from reprise.settings import Settings
+from reprise.types import ChoiceDelta, FinishReason
 from support.loopback import Loopback, Start, events, eventually
 from support.scripted_engine import ScriptedEngine
 from support.tiny_tokenizers import add_start_token, byte_level, save_model
@@ -153,22 +154,30 @@ async def test_whole_answers_are_waited_for_too(start: Start, engine: ScriptedEn
     assert server.exit_code == 1
 
 
-async def test_a_whole_answer_that_is_being_read_is_waited_for(start: Start) -> None:
+@pytest.mark.parametrize("path", ["/v1/completions", "/detokenize"])
+async def test_a_whole_answer_that_is_being_read_is_waited_for(
+    path: str, start: Start, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A client that reads slowly: what it has not taken is no more lost than what is not computed."""
+    monkeypatch.setattr("reprise.api.server.FAREWELL_SECONDS", 0.2)
+    size = 24_000_000  # far more than the kernel takes for a client that does not read
+    monkeypatch.setattr("reprise.api.tokens.to_detokenization", lambda *_: b'{"prompt": "' + b"x" * size + b'"}')
+    engine.enqueue([ChoiceDelta(index=0, text="x" * size, finish_reason=FinishReason.STOP)])
     async with start() as server:
-        tokens = json.dumps({"prompt": "a b " * 200_000}).encode()
+        body = json.dumps({"tokens": [5]} if path == "/detokenize" else {"prompt": "a"}).encode()
         reader, writer = await server.connect()
-        head = f"POST /tokenize HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(tokens)}"
-        writer.write(head.replace("Host: a", "Host: localhost").encode() + b"\r\n\r\n" + tokens)
-        await reader.readuntil(b"\r\n\r\n")
-        transport: Any = writer.transport
-        transport.pause_reading()
-        await asyncio.sleep(0.3)
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        )
+        writer.write(head.encode() + b"\r\n\r\n" + body)
+        first = await reader.read(4096)
         server.server.request_shutdown()
-        await asyncio.sleep(FAREWELL_SECONDS + 1)
-        transport.resume_reading()
-        answer = await asyncio.wait_for(reader.read(), 10)
-        assert json.loads(answer)["count"] > 400_000
+        await asyncio.sleep(1.0)
+        service = server.app.state.service
+        assert service.token_threads.num_admitted if path == "/detokenize" else not service.generations.idle.is_set()
+        _, _, answer = (first + await reader.read()).partition(b"\r\n\r\n")
+        assert len(answer) > size
+        assert json.loads(answer)
         writer.close()
     assert server.exit_code == 0
 

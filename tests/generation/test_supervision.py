@@ -359,12 +359,13 @@ def test_every_poison_is_convicted_and_nobody_else(
         world.num_given_up[number] = num_given_up
         world.ask(number, num_choices, length, poison)
     guilty = {choice // 100 for choice in world.poison}
+    impatient = any(world.num_given_up[number] for number in guilty)
     lives = 0
     while world.tokens.keys() - world.convicted - {i for i in world.tokens if world.tokens[i] >= world.lengths[i]}:
         lives += 1
         assert lives < 10 * sum(1 + num_given_up for *_, num_given_up in requests)
         given_up = world.live(100, Random(seed))
-        assert given_up is None or any(num_given_up for *_, num_given_up in requests), "every death had its reason"
+        assert given_up is None or impatient, "given up, though every death had its reason"
         if given_up is not None:
             return
     assert {choice // 100 for choice in world.convicted} == guilty

@@ -105,7 +105,7 @@ Start = Callable[..., contextlib.AbstractAsyncContextManager[Loopback]]
 @contextlib.asynccontextmanager
 async def serving(settings: Settings, tokenizer: Tokenizer, engine: Engine) -> AsyncIterator[Loopback]:
     """A server that runs until the block ends."""
-    app = create_app(settings, tokenizer, engine)
+    app = create_app(settings, tokenizer, engine, [settings.host])
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setblocking(False)
     port = listener.getsockname()[1]

@@ -33,7 +33,7 @@ class PatientEngine(ScriptedEngine):
 def main(model: str, port: str, drain_timeout: str) -> int:
     tokenizer = Tokenizer.load(model)
     settings = Settings(port=int(port), drain_timeout=float(drain_timeout))
-    app = create_app(settings, tokenizer, PatientEngine(tokenizer))
+    app = create_app(settings, tokenizer, PatientEngine(tokenizer), [settings.host])
     return uvloop.run(serve(app, settings, on_started=lambda: print("started", flush=True)))  # noqa: T201 - for the test
 
 

@@ -60,6 +60,15 @@ CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": 
 _OF_CALLS = "{% for c in m.tool_calls or [] %}({{ c.function.name }}){% endfor %}"
 
 
+def test_calls_that_a_template_cannot_write_are_refused_and_not_left_out(directory: Path) -> None:
+    template = (
+        "{% for m in messages %}[{% if m.content is none %}" + _OF_CALLS + "{% else %}{{ '' + m.content }}{% endif %}]"
+    )
+    tokenizer = load(directory, template + "{% endfor %}")
+    with pytest.raises(InvalidRequestError, match="refuses these messages"):
+        render(tokenizer, user("1+1?"), {"role": "assistant", "tool_calls": [CALL]})
+
+
 @pytest.mark.parametrize(
     ("template", "expected"),
     [

@@ -86,6 +86,18 @@ def test_a_template_may_write_out_what_holds_a_marked_text(tmp_path: Path, writt
     assert control_ids(tokenizer, token_ids) == [start, end]
 
 
+@pytest.mark.parametrize(("before", "behind"), [("\ufdd0", "\ufdd1"), (r"\ufdd0", r"\ufdd1"), (r"\\ufdd0", r"\ufdd1")])
+def test_marks_in_messages_leave_the_templates_own_tokens(tmp_path: Path, before: str, behind: str) -> None:
+    template = "{{ messages[0].content }}<|im_end|>{{ messages[1].content }}"
+    tokenizer = Tokenizer.load(str(save_model(tmp_path, byte_level(), chat_template=template)))
+    messages = [{"role": "user", "content": f"a{before}"}, {"role": "user", "content": f"{behind}b"}]
+    (end,) = tokenizer.encode("<|im_end|>", add_special_tokens=False)
+    token_ids = tokenizer.encode_chat(messages, add_generation_prompt=False)
+    assert control_ids(tokenizer, token_ids) == [end]
+    kept = f"a{before}<|im_end|>{behind}b".replace("\ufdd0", "").replace("\ufdd1", "")
+    assert tokenizer.decode(token_ids, skip_special_tokens=False) == kept
+
+
 def test_escapes_by_the_million_take_no_time(byte_tokenizer: Tokenizer) -> None:
     start = time.perf_counter()
     for text in ("\\" * 500_000 + "ufdd0", "\\ufdd0" * 100_000, "\\ufdd0" + "a" * 500_000):

@@ -7,8 +7,7 @@ site (DNS rebinding). The `Host` header still says the page's name.
 from __future__ import annotations
 
 import re
-import socket
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -20,18 +19,14 @@ ANY = "*"
 _PORT = re.compile(r":[0-9]{0,5}$")
 
 
-def hosts_allowed(host: str, configured: Iterable[str]) -> frozenset[str] | None:
-    """The names that a server bound to this address answers to; None for any.
+def hosts_allowed(host: str, configured: Iterable[str], addresses: Collection[str]) -> frozenset[str] | None:
+    """The names that a server for this host answers to, which listens at these addresses; None for any.
 
-    Loopback names are always among them: a page cannot have them, and what watches over a container uses them. What
-    a name stands for is looked up, as for listening.
+    Loopback names are always among them: a page cannot have them, and what watches over a container uses them.
     """
     names = list(configured)
-    if ANY in names:
-        return None
-    addresses = _addresses(host)
-    on_loopback = bool(addresses) and all(map(_is_loopback, addresses))
-    if not names and not on_loopback:
+    on_loopback = all(map(_is_loopback, addresses))
+    if ANY in names or not (names or on_loopback):
         return None
     return frozenset(map(_name, (*LOOPBACK_NAMES, host, *(addresses if on_loopback else ()), *names)))
 
@@ -73,15 +68,6 @@ def _is_address(host: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _addresses(host: str) -> list[str]:
-    """What a host is listened at; nothing where it cannot be."""
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError:
-        return []
-    return [str(address[0]) for *_, address in found]
 
 
 def _is_loopback(address: str) -> bool:

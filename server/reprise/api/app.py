@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -42,8 +42,8 @@ EXPOSED_HEADERS = [
 ]
 
 
-def create_app(settings: Settings, tokenizer: Tokenizer, engine: Engine) -> FastAPI:
-    """The app over an engine that somebody else starts and stops."""
+def create_app(settings: Settings, tokenizer: Tokenizer, engine: Engine, addresses: Collection[str]) -> FastAPI:
+    """The app over an engine that somebody else starts and stops. addresses: where it will be listening."""
     service = Service(settings, tokenizer, engine)
 
     @asynccontextmanager
@@ -64,7 +64,7 @@ def create_app(settings: Settings, tokenizer: Tokenizer, engine: Engine) -> Fast
     app.state.service = service
     app.add_exception_handler(HTTPException, error_response)
     _add_routes(app, settings)
-    _add_layers(app, settings, service)
+    _add_layers(app, settings, service, addresses)
     _describe_bodies(app)
     return app
 
@@ -90,14 +90,14 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
         app.add_api_route("/metrics", operations.metrics, methods=get, response_model=None)
 
 
-def _add_layers(app: FastAPI, settings: Settings, service: Service) -> None:
+def _add_layers(app: FastAPI, settings: Settings, service: Service, addresses: Collection[str]) -> None:
     """From the innermost to the outermost: what is added last sees a request first."""
     app.add_middleware(LimitBody, max_bytes=settings.max_body_size)
     if settings.api_key:
         public = PUBLIC_PATHS | ({"/metrics"} if settings.public_metrics else set())
         keys = [key.get_secret_value() for key in settings.api_key]
         app.add_middleware(RequireKey, keys=keys, public_paths=public)
-    hosts = hosts_allowed(settings.host, settings.allowed_hosts)
+    hosts = hosts_allowed(settings.host, settings.allowed_hosts, addresses)
     if hosts is not None:
         app.add_middleware(AllowHosts, hosts=hosts)
     app.add_middleware(RequestContext, observe=service.metrics.observe_request)

@@ -23,12 +23,11 @@ _SMALL_BODY = 16 * 1024
 """Bytes that are parsed in a few hundred microseconds: a thread would cost more than it saves."""
 
 
-async def read_request(request: Request, model: type[RequestModel], threads: TextThreads) -> RequestModel:
-    """The body as a request of this model. Raises InvalidRequestError, or HttpError for what is not sent as
-    JSON. threads: where large ones are parsed.
+def check_content_type(request: Request) -> None:
+    """Raises HttpError for what is not sent as JSON.
 
-    The content type must say JSON, as every client of OpenAI's API does: a web page can send anything else to
-    any server that its reader can reach, without asking that server.
+    Every client of OpenAI's API says so: a web page can send anything else to any server that its reader can reach,
+    without asking that server.
     """
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
@@ -37,6 +36,13 @@ async def read_request(request: Request, model: type[RequestModel], threads: Tex
             "The body must be JSON, sent with the header 'Content-Type: application/json'.",
             code="unsupported_media_type",
         )
+
+
+async def read_request(request: Request, model: type[RequestModel], threads: TextThreads) -> RequestModel:
+    """The body as a request of this model. Raises InvalidRequestError, or HttpError for what is not sent as
+    JSON. threads: where large ones are parsed.
+    """
+    check_content_type(request)
     body = await request.body()
     if len(body) <= _SMALL_BODY:
         return parse(model, body)

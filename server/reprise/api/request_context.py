@@ -46,16 +46,17 @@ class RequestContext:
         state = scope.setdefault("state", {})
         state["request_id"] = answer.request_id
         failed = False
+        body = _Body(receive)
         try:
             with ExitStack() as state["cleanup"]:
                 if scope["method"] == "POST":
                     await self._turns.take()
-                await self._app(scope, receive, answer.send)
+                await self._app(scope, body.receive, answer.send)
         except ClientDisconnect:
             pass
         except Exception as error:  # noqa: BLE001 - the edge: every error becomes a reply here
             if answer.status is None:
-                await _reply(error, answer.request_id, scope, receive, answer.send)
+                await _reply(error, answer.request_id, scope, body, answer.send)
             else:
                 # Too late for a reply. The server cuts the connection, so the client sees that a part is missing.
                 log_unforeseen(error, answer.request_id)
@@ -64,6 +65,19 @@ class RequestContext:
             status = answer.status if answer.complete else CLIENT_CLOSED_REQUEST
             route = getattr(scope.get("route"), "path", "unmatched")
             self._observe(route, 500 if failed else status or CLIENT_CLOSED_REQUEST, answer.seconds())
+
+
+class _Body:
+    """What is received for one request: sees whether it has come to its end."""
+
+    def __init__(self, receive: Receive) -> None:
+        self.complete = False
+        self._receive = receive
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self.complete = self.complete or message["type"] != "http.request" or not message.get("more_body", False)
+        return message
 
 
 class _Answer:
@@ -90,16 +104,15 @@ class _Answer:
         self.complete = message["type"] == "http.response.body" and not message.get("more_body", False)
 
 
-async def _reply(error: Exception, request_id: str, scope: Scope, receive: Receive, send: Send) -> None:
+async def _reply(error: Exception, request_id: str, scope: Scope, body: _Body, send: Send) -> None:
     reply = to_reply(error, request_id=request_id)
     response = reply.response()
-    closes = response.headers.get("connection") == "close"
-    if reply.status != 413 and not closes:
-        await response(scope, receive, send)
+    if body.complete or response.headers.get("connection") != "close":
+        await response(scope, body.receive, send)
         return
     await send({"type": "http.response.start", "status": reply.status, "headers": response.raw_headers})
     await send({"type": "http.response.body", "body": response.body, "more_body": True})
-    await discard_body(receive)
+    await discard_body(body.receive)
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

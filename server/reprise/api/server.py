@@ -132,7 +132,7 @@ class Server:
         self._service.begin_drain()
         logger.info("shutting down: %s", count_requests(len(running), "running"))
         await self._drain()
-        self._num_cut = len(running)
+        self._num_cut = len(running) + self._service.token_threads.num_admitted
         if running:
             logger.warning("shutting down: %s", count_requests(len(running), "cut off"))
             self._service.generations.fail_read(UnavailableError(SHUTTING_DOWN))
@@ -144,10 +144,15 @@ class Server:
 
     async def _drain(self) -> None:
         """Wait until nothing runs, the time is up, or somebody insists."""
-        waits = [asyncio.create_task(event.wait()) for event in (self._service.generations.idle, self._insisted)]
+        waits = [asyncio.create_task(wait) for wait in (self._idle(), self._insisted.wait())]
         await asyncio.wait(waits, timeout=self._drain_timeout, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
+
+    async def _idle(self) -> None:
+        await self._service.generations.idle.wait()
+        while self._service.token_threads.num_admitted:  # noqa: ASYNC110 # few, and looked at while draining alone
+            await asyncio.sleep(LAST_WORD_SECONDS)
 
 
 def count_requests(number: int, state: str) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import msgspec
 from fastapi import Request, Response
 from msgspec import UNSET
 
-from reprise.api.body import SlicedResponse, read_request
+from reprise.api.body import SlicedResponse, check_content_type, read_request
 from reprise.api.chat import check_template_parameters, encode_messages, num_bytes
 from reprise.api.sampling import check_token_ids
 from reprise.api.service import Service
@@ -26,28 +28,38 @@ def max_tokens(service: Service) -> int:
     return MAX_TOKENS if info is None else max(MAX_TOKENS, info.max_sequence_tokens)
 
 
+async def _take_place(request: Request, service: Service) -> None:
+    """Have a place until the answer is sent. Raises OverloadedError where there is none.
+
+    The body comes first: it may come slowly.
+    """
+    service.token_threads.check_room()
+    check_content_type(request)
+    await request.body()
+    cleanup: ExitStack = request.scope["state"]["cleanup"]
+    cleanup.enter_context(service.token_threads.admitted())
+
+
 async def tokenize(request: Request) -> Response:
     """The ids of a prompt, or of messages by the chat template, exactly as generation would use them.
 
     Raises OverloadedError where too many such requests are here.
     """
     service: Service = request.app.state.service
-    service.token_threads.check_room()
-    await request.body()  # before it has a place: it may come slowly
-    with service.token_threads.admitted():
-        body = await read_request(request, TokenizeRequest, service.token_threads)
-        service.model_name(body.model)
-        if (body.prompt is None) == (body.messages is None):
-            raise InvalidRequestError("Give either 'prompt' or 'messages'.", param="prompt")
-        check_template_parameters(body)
-        info = service.engine.info
-        content = await service.token_threads.run(
-            to_tokenization,
-            body,
-            service.tokenizer,
-            max_bytes=MAX_BYTES_PER_TOKEN * max_tokens(service),
-            max_model_len=None if info is None else info.max_model_len,
-        )
+    await _take_place(request, service)
+    body = await read_request(request, TokenizeRequest, service.token_threads)
+    service.model_name(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise InvalidRequestError("Give either 'prompt' or 'messages'.", param="prompt")
+    check_template_parameters(body)
+    info = service.engine.info
+    content = await service.token_threads.run(
+        to_tokenization,
+        body,
+        service.tokenizer,
+        max_bytes=MAX_BYTES_PER_TOKEN * max_tokens(service),
+        max_model_len=None if info is None else info.max_model_len,
+    )
     return SlicedResponse(content, media_type="application/json")
 
 
@@ -84,19 +96,17 @@ def to_token_ids(body: TokenizeRequest, tokenizer: Tokenizer) -> list[int]:
 async def detokenize(request: Request) -> Response:
     """The text that ids spell. Raises OverloadedError where too many such requests are here."""
     service: Service = request.app.state.service
-    service.token_threads.check_room()
-    await request.body()  # before it has a place: it may come slowly
-    with service.token_threads.admitted():
-        body = await read_request(request, DetokenizeRequest, service.token_threads)
-        service.model_name(body.model)
-        limit = max_tokens(service)
-        if len(body.tokens) > limit:
-            raise InvalidRequestError(
-                f"Invalid 'tokens': {len(body.tokens)} ids, and at most {limit} are spelt at once.",
-                param="tokens",
-                code="too_many_tokens",
-            )
-        content = await service.token_threads.run(to_detokenization, body, service.tokenizer)
+    await _take_place(request, service)
+    body = await read_request(request, DetokenizeRequest, service.token_threads)
+    service.model_name(body.model)
+    limit = max_tokens(service)
+    if len(body.tokens) > limit:
+        raise InvalidRequestError(
+            f"Invalid 'tokens': {len(body.tokens)} ids, and at most {limit} are spelt at once.",
+            param="tokens",
+            code="too_many_tokens",
+        )
+    content = await service.token_threads.run(to_detokenization, body, service.tokenizer)
     return SlicedResponse(content, media_type="application/json")
 
 

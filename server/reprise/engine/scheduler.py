@@ -6,7 +6,7 @@ Rules that live here:
     that wait to be admitted have their turn in the same order.
  2. A pass takes a new turn when it is complete, so nobody that starts over at each token holds up a prompt.
  3. Admission is first come, first served, and nobody overtakes: a sequence enters when the blocks for all of its
-    tokens are free.
+    tokens are free. But prompts that are scored are passed by while others of them have all the rows of a step.
  4. When blocks run out, the youngest running sequence gives up all of its own and waits at its old place.
  5. `finish` alone ends a sequence, exactly once.
  6. Where nothing but single tokens is computed, drafts of the sequences fill the step up to `max_draft_rows`. Their
@@ -247,8 +247,11 @@ class Scheduler:
     def _next_waiting(self, plan: _Plan) -> Sequence | None:
         """The first that could be admitted: prompts that are scored leave the others what they may not use."""
         first = islice(chain(self._preempted, self._waiting.values()), self._limits.max_num_seqs)
-        scores = not self._limits.chunked or plan.num_scored_rows < MAX_SCORED_ROWS
-        return next((sequence for sequence in first if scores or not sequence.scores_prompt), None)
+
+        def may_go_on(sequence: Sequence) -> bool:
+            return not (self._limits.chunked and sequence.scores_prompt) or plan.num_scored_rows < MAX_SCORED_ROWS
+
+        return next(filter(may_go_on, first), None)
 
     def _chunk(self, sequence: Sequence, num_tokens: int, plan: _Plan) -> int:
         """How much of a pass of `num_tokens` fits what is left of the budget; 0 where it has to wait."""

@@ -83,10 +83,10 @@ class ChatTemplate:
     def _no_content(self) -> dict[str, Any]:
         """What a message that calls tools and says nothing has of `content`, so that the calls are written.
 
-        None at all, as transformers has it, or an empty text for templates that take it for granted.
+        None at all, as transformers has it, or an empty text for templates that take it for granted. One that writes
+        calls with neither gets none, and may refuse: better than an answer to messages without the calls.
         """
         call = {"id": "a1b2c3d4e", "type": "function", "function": {"name": _CALLED, "arguments": {"a": "b"}}}
-        rendered: list[dict[str, Any]] = []
         forms: tuple[dict[str, Any], ...] = ({}, {"content": ""})
         for form in forms:
             messages = [{"role": "user", "content": "x"}, {"role": "assistant", **form, "tool_calls": [call]}]
@@ -98,8 +98,7 @@ class ChatTemplate:
                 continue
             if _CALLED in text:
                 return form
-            rendered.append(form)
-        return rendered[0] if rendered else {}
+        return {}
 
     def _normalize_one(self, index: int, message: Mapping[str, Any]) -> dict[str, Any]:
         normalized = dict(message)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
 _START, _END = "\ufdd0", "\ufdd1"  # noncharacters: Unicode reserves them for use inside a program
+_WRITTEN = re.compile(r"(ufdd0)")
+_WRITTEN_MARKED = re.compile(r"(ufdd0)\\{1,16}ufdd1")
 _ESCAPED = re.compile(r"(?<!\\)\\{1,16}ufdd0((?:(?!\\{1,16}ufdd).){1,256}?)\\{1,16}ufdd1", re.DOTALL)
 """The same as Python and JSON write them, around something."""
 
@@ -46,7 +48,8 @@ class ControlTokens:
     def mark(self, value: Any) -> Any:
         """A copy of strings, lists and mappings, keys included, each control token between two marks.
 
-        Marks that are in a text already do no harm: they vanish, and no control token forms across them.
+        Marks that are in a text already do no harm: they vanish before. One that it writes as an escape has a lone mark
+        behind it, so that it is not taken for ours.
         """
         if isinstance(value, str):
             return self._mark_text(value)
@@ -90,7 +93,7 @@ class ControlTokens:
     def _with_marks(self, rendered: str) -> str:
         """The marks again where a template wrote out a list or mapping, in whose spelling they are escaped.
 
-        Nobody else has them around a control token: one that was in a message has marks of its own.
+        Nobody else has them around a control token: what a message writes of that kind is kept apart by `mark`.
         """
         if "ufdd0" not in rendered:
             return rendered
@@ -99,15 +102,17 @@ class ControlTokens:
             text = found[1]
             return f"{_START}{text}{_END}" if self._find(text) == [(0, len(text))] else found[0]
 
-        return _ESCAPED.sub(restored, rendered)
+        return _WRITTEN_MARKED.sub(r"\1", _ESCAPED.sub(restored, rendered))
 
     def _mark_text(self, text: str) -> str:
+        text = text.replace(_START, "").replace(_END, "")
         pieces = []
         last = 0
         for start, end in self._find(text):
             pieces += [text[last:start], _START, text[start:end], _END]
             last = end
-        return "".join([*pieces, text[last:]])
+        marked = "".join([*pieces, text[last:]])
+        return _WRITTEN.sub(rf"\1{_END}", marked) if "ufdd0" in marked else marked
 
     def _is_token(self, text: str) -> bool:
         return self._any_normalized or self._pattern.fullmatch(text) is not None
