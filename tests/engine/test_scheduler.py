@@ -126,6 +126,21 @@ def test_prompts_that_are_scored_leave_the_rest_of_the_budget_to_others(monkeypa
     assert sizes == [{0: 8, 3: 20}, {0: 4, 1: 4, 3: 1}, {0: 1, 1: 8, 3: 1}, {0: 1, 1: 1, 2: 8, 3: 1}]
 
 
+def test_a_running_prompt_that_may_not_be_scored_further_leaves_the_rest_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reprise.engine.scheduler.MAX_SCORED_ROWS", 8)
+    scheduler = make_scheduler(64, max_num_batched_tokens=32)
+    sampling = SamplingParams(seed=0, max_tokens=8, num_prompt_logprobs=1)
+    first, second = (Sequence(n, choice_index=0, prompt_token_ids=[5] * 20, sampling=sampling) for n in (0, 1))
+    first.max_chunk = 4
+    for sequence in (first, second, make_sequence(2, 60)):
+        scheduler.add(sequence)
+    complete(scheduler, scheduler.schedule())
+    first.max_chunk = None
+    scheduler.restart(first)
+    batch = scheduler.schedule()
+    assert {s.sequence.sequence_id: s.num_tokens for s in batch} == {0: 8, 2: 24}
+
+
 def test_a_long_prompt_is_cut_to_the_budget_and_decoding_goes_on_beside_it() -> None:
     scheduler = make_scheduler(num_blocks=64)
     short, long = make_sequence(1, 3), make_sequence(2, 40)

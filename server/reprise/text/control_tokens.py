@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
 _START, _END = "\ufdd0", "\ufdd1"  # noncharacters: Unicode reserves them for use inside a program
-_WRITTEN = re.compile(r"(ufdd0)")
-_WRITTEN_MARKED = re.compile(r"(ufdd0)\\{1,16}ufdd1")
+_LONE = re.compile(r"(?<=ufdd0)\\{1,16}ufdd1")
+"""The mark that `mark` puts behind what a text writes itself, as Python and JSON write it."""
 _ESCAPED = re.compile(r"(?<!\\)\\{1,16}ufdd0((?:(?!\\{1,16}ufdd).){1,256}?)\\{1,16}ufdd1", re.DOTALL)
-"""The same as Python and JSON write them, around something."""
+"""Both marks as Python and JSON write them, around something."""
 
 Span = tuple[int, int]
 
@@ -102,7 +102,7 @@ class ControlTokens:
             text = found[1]
             return f"{_START}{text}{_END}" if self._find(text) == [(0, len(text))] else found[0]
 
-        return _WRITTEN_MARKED.sub(r"\1", _ESCAPED.sub(restored, rendered))
+        return _LONE.sub("", _ESCAPED.sub(restored, rendered))
 
     def _mark_text(self, text: str) -> str:
         text = text.replace(_START, "").replace(_END, "")
@@ -111,8 +111,7 @@ class ControlTokens:
         for start, end in self._find(text):
             pieces += [text[last:start], _START, text[start:end], _END]
             last = end
-        marked = "".join([*pieces, text[last:]])
-        return _WRITTEN.sub(rf"\1{_END}", marked) if "ufdd0" in marked else marked
+        return "".join([*pieces, text[last:]]).replace("ufdd0", f"ufdd0{_END}")
 
     def _is_token(self, text: str) -> bool:
         return self._any_normalized or self._pattern.fullmatch(text) is not None
