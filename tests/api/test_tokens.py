@@ -73,6 +73,13 @@ async def test_a_long_text_is_refused(server: Loopback) -> None:
     assert (error["code"], error["param"]) == ("too_many_tokens", "tokens")
 
 
+async def test_what_is_not_sent_as_json_is_refused_before_its_body_comes(server: Loopback) -> None:
+    reader, writer = await server.connect()
+    writer.write(b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: text/plain\r\nContent-Length: 9\r\n\r\n")
+    assert b" 415 " in await asyncio.wait_for(reader.readline(), 5)
+    writer.close()
+
+
 async def test_bodies_that_come_slowly_take_no_places(server: Loopback) -> None:
     head = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
     writers = [(await server.connect())[1] for _ in range(MAX_TOKEN_REQUESTS)]
